@@ -1,0 +1,87 @@
+"""Every knob of the experiment in one flat dataclass. A new flag is a new line in it; the comment is its --help."""
+
+import contextlib
+import io
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+
+@dataclass
+class Config:
+    """Train a small GPT. The same line again goes on with an unfinished --run-dir, or says that it is finished."""
+
+    data: str = "stdlib"  # a file of bytes, a .bin of uint16 token ids, or stdlib: Python's own standard library
+    val_data: str = ""  # validation file (default: the last tenth of --data)
+    vocab_size: int = 256  # number of token ids: 256 for bytes, 50304 for a .bin of GPT-2 tokens
+    seq_len: int = 128  # tokens in a training window
+    batch_size: int = 16  # sequences per optimizer step, over all processes and micro-batches
+    micro_batch_size: int = 0  # sequences per forward pass of a process (0: all that it has in a step)
+
+    n_layer: int = 4  # transformer blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # width of the residual stream
+
+    optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices; embedding and head always take AdamW
+    lr: float = 8e-3  # peak learning rate, of Muon and AdamW alike
+    weight_decay: float = 0.1  # decoupled: a step scales the matrices by 1 - lr * weight_decay
+    warmup: int = 20  # steps in which the learning rate rises from 0
+    cooldown: float = 0.5  # the last share of the run, in which the learning rate falls to 0
+
+    steps: int = 500  # optimizer steps
+    log_every: int = 10  # steps between two lines of metrics.jsonl
+    eval_every: int = 100  # steps between two evaluations
+    eval_tokens: int = 65536  # validation tokens in an evaluation, always the same ones
+    save_every: int = 100  # steps between two checkpoints
+    sample_tokens: int = 512  # length of the text written at the end
+
+    seed: int = 1337  # of the weights, the batches and the sample
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the best there is
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto: bfloat16 on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
+
+    run_dir: str = ""  # where everything is written (default: runs/<start time>)
+    wandb: Literal["online", "offline", "disabled"] = "offline"  # tracking; offline needs no account
+    wandb_project: str = "gpt"  # wandb's project
+    wandb_group: str = ""  # wandb's group, such as the name of a sweep
+
+    def __post_init__(self) -> None:
+        """Refuse nonsense with a ValueError of one line."""
+        whole = "vocab_size seq_len batch_size n_layer n_head n_embd steps log_every eval_every eval_tokens save_every"
+        for name in whole.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
+        for name in ("micro_batch_size", "weight_decay", "warmup", "sample_tokens", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"--lr {self.lr}: must be a positive number")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"--cooldown {self.cooldown}: must be a share from 0 to 1")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"--n-embd {self.n_embd} must be --n-head {self.n_head} times an even head width")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"--micro-batch-size {self.micro_batch_size} must divide --batch-size {self.batch_size}")
+        if self.vocab_size > 65536:
+            raise ValueError(f"--vocab-size {self.vocab_size}: uint16 token ids end at 65535")
+
+
+def parse(defaults: Config) -> Config:
+    """The flags of the command line over `defaults`; in a notebook, `defaults` as they are."""
+    if "ipykernel" in sys.modules:
+        return defaults
+    box = io.StringIO()  # tyro draws a box of many lines around an error: keep its first sentence
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Config, default=defaults)
+    except ValueError as error:
+        sys.exit(f"{sys.argv[0]}: {error}")
+    except SystemExit as stop:
+        if stop.code:
+            lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line[0] == "│"]
+            message = " ".join(lines[: next((i for i, line in enumerate(lines) if "──" in line), None)])
+            meant = [line for line in lines if line.startswith("--")][:1] if "Unrecognized" in message else []
+            sys.exit(f"{sys.argv[0]}: {message}" + (f" (did you mean {meant[0]}?)" if meant else "") + "; see --help")
+        raise
