@@ -185,9 +185,6 @@ def test_two_processes_and_micro_batches_equal_one(whole):
 
 
 def test_wandb_offline_holds_config_and_history(monkeypatch):
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
     monkeypatch.setenv("WANDB_DIR", os.getcwd())
     flags = ("--run-dir", "run", "--wandb", "offline", "--wandb-group", "a-sweep", "--save-every", 1000)
     process = start(*flags)
@@ -196,23 +193,24 @@ def test_wandb_offline_holds_config_and_history(monkeypatch):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert train(*flags).returncode == 0
-    steps, ids, config = {}, set(), {}
+    steps, ids, config, samples = {}, set(), {}, []
     for log in sorted(Path("wandb").glob("offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(log))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record.FromString(data)
-            if record.WhichOneof("record_type") == "run":
-                ids.add(record.run.run_id)
-                assert record.run.run_group == "a-sweep" and record.run.display_name == "run"
-                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            if record.WhichOneof("record_type") == "history":
-                row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", log]  # wandb's own reader
+        for record in map(json.loads, subprocess.run(read, capture_output=True, check=True).stdout.splitlines()):
+            if record["type"] == "run":
+                ids.add(record["run"]["run_id"])
+                assert record["run"]["run_group"] == "a-sweep" and record["run"]["display_name"] == "run"
+                config |= record["run"]["config"].get("update", {})
+            if record["type"] == "history":
+                row = record["history"]["item"]
                 steps[row["step"]] = row
+            if record["type"] == "summary":
+                samples += [record["summary"]["update"]["sample"]] if "sample" in record["summary"].get("update", {}) else []
     assert len(ids) == 1  # the resumed run goes on under its id
     assert {k: config[k] for k in Config().__dict__} == json.loads(Path("run/config.json").read_text())
     for row in metrics("run"):
         assert {k: steps[row["step"]][k] for k in row} == row
+    assert samples[-1] == Path("run/sample.txt").read_bytes().decode()
 
 
 def test_wandb_failing_in_mid_run_does_not_stop_training():
