@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -21,13 +22,13 @@ class Config:
     micro_batch_size: int = 0  # sequences per forward pass of a process (0: all that it has in a step)
 
     n_layer: int = 4  # transformer blocks
-    n_head: int = 4  # attention heads
+    n_head: int = 2  # attention heads
     n_embd: int = 128  # width of the residual stream
 
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices; embedding and head always take AdamW
-    lr: float = 8e-3  # peak learning rate, of Muon and AdamW alike
+    lr: float = 1e-2  # peak learning rate, of Muon and AdamW alike
     weight_decay: float = 0.1  # decoupled: a step scales the matrices by 1 - lr * weight_decay
-    warmup: int = 20  # steps in which the learning rate rises from 0
+    warmup: int = 0  # steps in which the learning rate rises to its peak
     cooldown: float = 0.5  # the last share of the run, in which the learning rate falls to 0
 
     steps: int = 500  # optimizer steps
@@ -72,7 +73,7 @@ def parse(defaults: Config) -> Config:
     """The flags of the command line over `defaults`; in a notebook, `defaults` as they are."""
     if "ipykernel" in sys.modules:
         return defaults
-    box = io.StringIO()  # tyro draws a box of many lines around an error: keep its first sentence
+    box = io.StringIO()  # tyro draws a box of many lines around an error: make it one
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(Config, default=defaults)
@@ -80,8 +81,5 @@ def parse(defaults: Config) -> Config:
         sys.exit(f"{sys.argv[0]}: {error}")
     except SystemExit as stop:
         if stop.code:
-            lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line[0] == "│"]
-            message = " ".join(lines[: next((i for i, line in enumerate(lines) if "──" in line), None)])
-            meant = [line for line in lines if line.startswith("--")][:1] if "Unrecognized" in message else []
-            sys.exit(f"{sys.argv[0]}: {message}" + (f" (did you mean {meant[0]}?)" if meant else "") + "; see --help")
+            sys.exit(f"{sys.argv[0]}: " + " ".join(re.sub("[╭╮╰╯│─]+", " ", box.getvalue()).split()))
         raise

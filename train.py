@@ -11,7 +11,7 @@ cfg = parse(Config())
 
 # %%
 # run directory: start it, go on with it, or leave it alone. Torch is imported later, so that a mistake costs no time
-import fcntl, json, os, shlex, signal, subprocess, sys, time
+import fcntl, json, os, shlex, shutil, signal, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -99,6 +99,8 @@ if cfg.dtype == "auto":
     cfg.dtype = "bfloat16" if device.type == "cuda" else "float32"
 if cfg.compile == "auto":
     cfg.compile = "on" if device.type == "cuda" else "off"
+if cfg.compile == "on" and not shutil.which(os.environ.get("CXX", "g++")):
+    fail("--compile on needs a C++ compiler, and there is no g++ here: install it, or take --compile off")
 autocast = torch.autocast(device.type, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32")
 torch.manual_seed(cfg.seed)
 
@@ -189,6 +191,7 @@ class GPT(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block() for _ in range(cfg.n_layer))
+        self.smear = nn.Parameter(torch.zeros(cfg.n_embd))
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)  # the first loss is ln(V)
         D = cfg.n_embd // cfg.n_head
@@ -199,7 +202,8 @@ class GPT(nn.Module):
     def forward(self, ids, targets=None):
         """Logits (B, T, V) of the next token; with targets (B, T) their mean cross-entropy in nats instead."""
         B, T = ids.shape
-        x = norm(self.embed(ids))  # (B, T, C)
+        x = self.embed(ids)  # (B, T, C)
+        x = norm(x + self.smear * F.pad(x[:, :-1], (0, 0, 1, 0)))  # a learned share of the token before (smear, modded-nanogpt)
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
         logits = self.head(norm(x)).float()  # (B, T, V)
@@ -213,11 +217,11 @@ if world_size > 1:
 # %%
 # optimizers and learning rate
 matrices = list(model.blocks.parameters())
-others = [*model.embed.parameters(), *model.head.parameters()]
+others = [model.embed.weight, model.head.weight, model.smear]
 adamw = dict(lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 if cfg.optimizer == "muon":  # Muon (Jordan et al., 2024), its updates as large as AdamW's so that one lr serves both
     optimizers = [
-        torch.optim.Muon(matrices, cfg.lr, cfg.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, cfg.lr, cfg.weight_decay, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, weight_decay=0.0, **adamw),
     ]
 else:
@@ -359,6 +363,9 @@ for step in range(start, cfg.steps + 1):
     bar.update()
 
 bar.close()
+if world_size > 1:  # together: a process that leaves early makes the others abort
+    dist.barrier()
+    dist.destroy_process_group()
 for number, handler in handlers.items():
     signal.signal(number, handler)
 if not done:
@@ -393,8 +400,6 @@ if rank == 0:
     )
     print(f"\n{sample}\n\n---", *(f"{name}: {value}" for name, value in result.items()), sep="\n")
     print("next: `wandb leet` shows the curves in the terminal, `wandb sync` uploads them")
-if world_size > 1:
-    dist.destroy_process_group()
 
 # %%
 # the loss curve, in the notebook

@@ -46,9 +46,10 @@ def train(*flags, **kwargs):
     return process
 
 
-def metrics(run_dir):
-    """The rows of metrics.jsonl without the times."""
-    rows = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
+def metrics(run_dir, torn=False):
+    """The rows of metrics.jsonl without the times; torn: whose last line may be half written."""
+    lines = Path(run_dir, "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if not torn or line.endswith("\n")]
     for row in rows:
         row.pop("seconds")
     return rows
@@ -113,9 +114,10 @@ def test_model_is_causal(optimizer, monkeypatch):
 
 def test_kill_9_anywhere_and_resume_exactly(whole):
     kills = 0
-    for _ in range(4):  # at random moments, the first ones perhaps before there is anything to resume
+    for rows in sorted(random.sample(range(35), 4)):  # after this many rows of metrics.jsonl, the next time perhaps at start-up
         process = start("--run-dir", "run")
-        time.sleep(random.uniform(2, 5))
+        while process.poll() is None and (not Path("run/metrics.jsonl").exists() or len(metrics("run", torn=True)) <= rows):
+            pass
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
@@ -156,7 +158,7 @@ def test_same_command_on_a_finished_run_and_another_config(whole):
     again = train("--run-dir", whole.run_dir)
     assert again.returncode == 0 and "is finished: val_loss" in again.out
     other = train("--run-dir", whole.run_dir, "--lr", 0.1, "--seed", 2)
-    refused(other, "another config", "lr is 0.00", "seed is 1337 there, 2 here")
+    refused(other, "another config", "lr is 0.01 there, 0.1 here", "seed is 1337 there, 2 here")
     assert before == {f: f.read_bytes() for f in whole.run_dir.iterdir() if f.is_file()}
 
 
@@ -299,6 +301,11 @@ def test_bad_input(name):
     flags, words = BAD[name]
     refused(train(*(["--run-dir", "run"] if "--run-dir" not in flags else []), *flags), words)
     assert not Path("run/sample.txt").exists()
+
+
+def test_compile_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(train("--compile", "on"), "--compile on needs a C++ compiler")
 
 
 def test_batch_that_the_processes_cannot_share():
