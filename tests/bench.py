@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "train.py")
@@ -72,8 +73,8 @@ def split(folder, flags):
 
     hooks = [
         torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: mark("forward") if type(module).__name__ == "GPT" else None),
-        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: mark("optimizer")),
-        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: mark("stepped")),
+        register_optimizer_step_pre_hook(lambda *_: mark("optimizer")),
+        register_optimizer_step_post_hook(lambda *_: mark("stepped")),
     ]
     torch.Tensor.backward = timed_backward
     sys.argv = ["train.py", "--run-dir", f"{folder}/split", "--steps", "41", "--eval-every", "1000", "--eval-tokens", "1",
