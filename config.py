@@ -21,12 +21,12 @@ class Config:
     n_embd: int = 128  # width of the residual stream
 
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices; embedding and head always take AdamW
-    lr: float = 1e-2  # peak learning rate, of Muon and AdamW alike
+    lr: float = 1.5e-2  # peak learning rate, for Muon and AdamW alike
     weight_decay: float = 0.1  # decoupled: a step scales the matrices by 1 - lr * weight_decay
     warmup: int = 0  # steps in which the learning rate rises to its peak
     cooldown: float = 0.5  # the last share of the run, in which the learning rate falls to 0
 
-    steps: int = 250  # optimizer steps
+    steps: int = 400  # optimizer steps
     log_every: int = 10  # steps between two lines of metrics.jsonl
     eval_every: int = 50  # steps between two evaluations
     eval_tokens: int = 32768  # validation tokens in an evaluation, always the same ones
@@ -43,8 +43,7 @@ class Config:
     wandb_project: str = "gpt"  # wandb's project
     wandb_group: str = ""  # wandb's group, such as the name of a sweep
 
-    def __post_init__(self):
-        """Refuse nonsense with a ValueError of one line."""
+    def __post_init__(self):  # a ValueError of one line for nonsense
         one = "vocab_size seq_len batch_size n_layer n_head n_embd steps log_every eval_every eval_tokens save_every".split()
         zero = "micro_batch_size weight_decay warmup sample_tokens seed".split()
         for name, least in [(name, 1) for name in one] + [(name, 0) for name in zero]:

@@ -23,7 +23,7 @@ def or_fail(message, *kinds):  # the same for an error of these kinds in the blo
     try:
         yield
     except kinds as error:
-        fail(f"{message}: {str(error).strip().splitlines()[0]}")
+        fail(f"{message}: {(str(error).strip() or repr(error)).splitlines()[0]}")
 
 cfg.run_dir = cfg.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
 run_dir = Path(cfg.run_dir)
@@ -31,10 +31,9 @@ resumed = (run_dir / "config.json").exists()
 if resumed:
     with or_fail(f"{run_dir}/config.json is not the config of a run; name another --run-dir", ValueError, TypeError):
         old, new = vars(Config(**json.loads((run_dir / "config.json").read_text()))), vars(cfg)
-    differ = [k for k in new if new[k] not in (old[k], "auto") and k != "run_dir"]  # auto means: as the run began
-    if differ:
-        fields = ", ".join(f"{k} is {old[k]!r} there, {new[k]!r} here" for k in differ)
-        fail(f"{run_dir} holds a run of another config ({fields}); name another --run-dir")
+    differ = [f"{k} is {old[k]!r} there, {v!r} here" for k, v in new.items() if v not in (old[k], "auto") and k != "run_dir"]
+    if differ:  # but for auto, which means: as the run began
+        fail(f"{run_dir} holds a run of another config ({', '.join(differ)}); name another --run-dir")
     cfg = Config(**old | {"run_dir": cfg.run_dir})
     if (run_dir / "sample.txt").exists():  # a run's last file
         last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -72,12 +71,13 @@ with or_fail(f"--device {cfg.device} is not here, try --device auto", RuntimeErr
 cuda = device.type == "cuda"
 if cuda:
     torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-cfg.dtype = cfg.dtype.replace("auto", "bfloat16" if cuda else "float32")
+    torch.set_float32_matmul_precision("high")  # TF32, should --dtype be float32
+amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # a processor's own units for bfloat16 matrix products
+cfg.dtype = cfg.dtype.replace("auto", "bfloat16" if cuda or amx else "float32")
+dtype = getattr(torch, cfg.dtype)
 cfg.compile = cfg.compile.replace("auto", "on" if cuda else "off")
 if cfg.compile == "on" and not shutil.which(os.environ.get("CXX", "g++")):
     fail("--compile on needs a C++ compiler, and there is no g++ here: install it, or take --compile off")
-autocast = torch.autocast(device.type, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32")
 torch.manual_seed(cfg.seed)
 micro_batch_size = cfg.micro_batch_size or max(cfg.batch_size // world_size, 1)
 micro_steps = cfg.batch_size // (micro_batch_size * world_size)
@@ -106,7 +106,7 @@ if min(len(train_data), len(val_data)) <= cfg.seq_len:
 def windows(tokens, starts):  # inputs and targets, both (B, T), of the windows that begin at `starts` (B,)
     ids = torch.from_numpy(tokens[starts[:, None] + np.arange(cfg.seq_len + 1)].astype(np.int64))  # (B, T + 1)
     if ids.max() >= cfg.vocab_size:
-        fail(f"{cfg.data} has the token id {ids.max()}, beyond --vocab-size {cfg.vocab_size}")
+        fail(f"the data has the token id {ids.max()}, beyond --vocab-size {cfg.vocab_size}")
     ids = (ids.pin_memory() if cuda else ids).to(device, non_blocking=True)  # from pinned memory the copy does not wait
     return ids[:, :-1], ids[:, 1:]
 
@@ -120,7 +120,7 @@ val_starts = np.linspace(0, len(val_data) - 1 - cfg.seq_len, n_val).astype(np.in
 # %%
 # model
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),))  # RMSNorm (Zhang & Sennrich, 2019); no weights: the matrix after it can scale
+    return F.layer_norm(x, x.shape[-1:])  # no weights: the matrix after it can scale. As good as RMSNorm, and one kernel on the CPU
 
 D = cfg.n_embd // cfg.n_head
 angle = torch.outer(torch.arange(cfg.seq_len), 10000.0 ** -(torch.arange(0, D, 2) / D))[:, None]  # (T, 1, D / 2)
@@ -130,21 +130,26 @@ def rotary(x):  # rotary positions (Su et al., 2021): turn pairs of channels by 
     (a, b), T = x.chunk(2, dim=-1), x.size(1)
     return torch.cat((a * cos[:T] + b * sin[:T], b * cos[:T] - a * sin[:T]), dim=-1)
 
+class Linear(nn.Linear):  # float32 weights for the optimizer, the product in `dtype`
+    def forward(self, x):
+        return F.linear(x.to(dtype), self.weight.to(dtype))
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
-        self.attn_out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
-        self.up = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=False)
-        self.down = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
+        self.qkv = Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        self.attn_out = Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.up = Linear(cfg.n_embd, 4 * cfg.n_embd, bias=False)
+        self.down = Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
         nn.init.zeros_(self.attn_out.weight)  # a block begins as the identity
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
         (B, T, C), H = x.shape, cfg.n_head
-        qk, v = self.qkv(norm(x)).view(B, T, 3 * H, D).split((2 * H, H), dim=2)
-        q, k = rotary(norm(qk)).chunk(2, dim=2)  # QK-norm (Henry et al., 2020): allows a high lr
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+        q, k, v = self.qkv(norm(x)).view(B, T, 3, H, D).unbind(2)
+        q, k = rotary(norm(q)), rotary(norm(k))  # QK-norm (Henry et al., 2020): allows a high lr
+        q, k, v = (z.transpose(1, 2).to(torch.float32 if device.type == "cpu" else dtype) for z in (q, k, v))  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # the CPU is slow at this in bfloat16
         assert y.shape == (B, H, T, D)
         x = x + self.attn_out(y.transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.relu(self.up(norm(x))).square())  # squared ReLU (So et al., 2021)
@@ -155,17 +160,16 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.smear = nn.Parameter(torch.zeros(cfg.n_embd))
         self.blocks = nn.ModuleList(Block() for _ in range(cfg.n_layer))
-        self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)  # the first loss is ln(V)
 
-    def forward(self, ids, targets=None):  # logits of the next token; with targets (B, T) the mean cross-entropy in nats
-        B, T = ids.shape
+    def forward(self, ids, targets=None):  # (B, T): logits of the next token, or with targets (B, T) the mean cross-entropy in nats
         x = self.embed(ids)  # (B, T, C)
-        x = norm(x + self.smear * F.pad(x[:, :-1], (0, 0, 1, 0)))  # a learned share of the token before (smear, modded-nanogpt)
+        x = norm(x + self.smear * F.pad(x, (0, 0, 1, -1)))  # a learned share of the token before (smear, modded-nanogpt)
         for block in self.blocks:
             x = block(x)
         logits = self.head(norm(x)).float()  # (B, T, V)
-        return logits if targets is None else F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T))
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 model = GPT().to(device)
 train_model = torch.compile(model, dynamic=False) if cfg.compile == "on" else model  # what the loop calls
@@ -173,15 +177,15 @@ if world_size > 1:
     train_model = nn.parallel.DistributedDataParallel(train_model)
 
 # %%
-# optimizers and learning rate
-matrices = list(model.blocks.parameters())
-others = [p for name, p in model.named_parameters() if not name.startswith("blocks")]  # embedding, smear, head
-adamw = dict(lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-if cfg.optimizer == "muon":  # Muon (Jordan et al., 2024), its updates as large as AdamW's so that one lr serves both
-    first = torch.optim.Muon(matrices, cfg.lr, cfg.weight_decay, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-else:
-    first = torch.optim.AdamW(matrices, weight_decay=cfg.weight_decay, **adamw)
-optimizers = [first, torch.optim.AdamW(others, weight_decay=0.0, **adamw)]
+# optimizers and learning rate: a group of parameters takes `scale` times the rate of the schedule
+matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+others = [p for p in model.parameters() if all(p is not q for q in [*matrices, model.head.weight])]  # embedding, smear, yours
+groups = [dict(params=others, scale=4.0), dict(params=[model.head.weight])]
+if cfg.optimizer == "adamw":
+    groups += [dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay)]
+optimizers = [torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)]
+if cfg.optimizer == "muon":  # Muon (Jordan et al., 2024); match_rms_adamw makes its steps 0.2 * lr large in each weight
+    optimizers += [torch.optim.Muon(matrices, cfg.lr, cfg.weight_decay, momentum=0.8, adjust_lr_fn="match_rms_adamw")]
 
 def lr_at(step):  # warmup, stable, decay (Hu et al., 2024): up in `warmup` steps, level, and straight down to 0
     return cfg.lr * min((step + 1) / (cfg.warmup + 1), 1, (cfg.steps - step) / max(cfg.cooldown * cfg.steps, 1))
@@ -221,8 +225,7 @@ def evaluate():  # mean cross-entropy of the validation windows in nats a token,
     total = torch.zeros((), device=device)
     for i in range(rank * micro_batch_size, len(val_starts), world_size * micro_batch_size):
         starts = val_starts[i : i + micro_batch_size]
-        with autocast:
-            total += model(*windows(val_data, starts)) * len(starts)
+        total += model(*windows(val_data, starts)) * len(starts)
     if world_size > 1:
         dist.all_reduce(total)
     return total.item() / len(val_starts)
@@ -237,8 +240,7 @@ for step in range(start, cfg.steps + 1):
     train_loss = torch.zeros((), device=device)
     for i, starts in enumerate(batch_starts(step)):
         train_model.require_backward_grad_sync = i == micro_steps - 1  # processes exchange gradients once a step
-        with autocast:
-            loss = train_model(*windows(train_data, starts)) / micro_steps
+        loss = train_model(*windows(train_data, starts)) / micro_steps
         loss.backward()
         train_loss += loss.detach()
 
@@ -282,7 +284,7 @@ for step in range(start, cfg.steps + 1):
 
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step)
+            group["lr"] = group.get("scale", 1.0) * lr_at(step)
         optimizer.step()
         optimizer.zero_grad()
     bar.update(tokens_per_step)
@@ -303,7 +305,7 @@ if rank == 0:
     generator = torch.Generator(device).manual_seed(cfg.seed)
     ids = torch.tensor([[int(val_data[0])]], device=device)  # (1, T)
     for _ in range(cfg.sample_tokens):
-        with torch.no_grad(), autocast:
+        with torch.no_grad():
             logits = model(ids[:, -cfg.seq_len :])[0, -1]  # (V,)
         next_id = torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1, generator=generator)  # temperature 0.8
         ids = torch.cat((ids, next_id[None]), dim=1)
@@ -313,9 +315,8 @@ if rank == 0:
     if tracker:
         tracker.summary["sample"] = sample
         tracker.finish()
-    tokens, parameters = cfg.steps * tokens_per_step, sum(p.numel() for p in model.parameters())
-    print(f"\n{sample}\n\n---\nval_loss: {val_loss:.4f}\nsteps: {cfg.steps}\ntokens: {tokens}\ntrain_seconds: {seconds:.1f}\n"
-          f"tokens_per_second: {tokens / seconds:.0f}\nparameters: {parameters}\nrun_dir: {run_dir}\n"
+    print(f"\n{sample}\n\n---\nval_loss: {val_loss:.4f}\nsteps: {step}\ntokens: {row['tokens']}\ntrain_seconds: {seconds:.1f}\n"
+          f"tokens_per_second: {row['tokens'] / seconds:.0f}\nparameters: {sum(p.numel() for p in model.parameters())}\nrun_dir: {run_dir}\n"
           "next: `wandb leet` shows the curves, `bash sweep.sh` runs a grid, plot.ipynb draws what is in runs/")
 
 # %%

@@ -20,7 +20,7 @@ assert not (REASON and os.environ.get("SLURM_TESTS") == "required"), REASON
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 TINY = ("--data data.txt --n-layer 1 --n-head 1 --n-embd 16 --seq-len 32 --batch-size 8 --log-every 1 --eval-every 50 "
-        "--eval-tokens 1024 --save-every 1000 --sample-tokens 16 --device cpu --wandb disabled").split()  # fmt: skip
+        "--eval-tokens 1024 --save-every 1000 --sample-tokens 16 --device cpu --dtype float32 --wandb disabled").split()  # fmt: skip
 HOST = socket.gethostname().split(".")[0]
 CONF = """
 ClusterName=test
