@@ -91,7 +91,8 @@ if world_size > 1:
 def open_tokens(name):  # the token ids of a file, (N,) of uint8 or uint16
     if name == "stdlib":  # the source of Python's standard library, without its tests and tables
         lib, skip = Path(os.__file__).parent, {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
-        files = sorted(f for f in lib.rglob("*.py") if not skip & set(f.relative_to(lib).parts))
+        tops = [path for path in lib.iterdir() if path.name not in skip]
+        files = sorted(f for top in tops for f in [top, *top.rglob("*.py")] if f.suffix == ".py" and not skip & {*f.relative_to(lib).parts})
         np.random.default_rng(0).shuffle(files)  # so that the last tenth is like the rest
         return np.frombuffer(b"".join(f.read_bytes() for f in files), np.uint8)
     with or_fail(f"cannot read {name} as bytes, or as uint16 token ids if it ends in .bin", OSError, ValueError):
@@ -205,9 +206,8 @@ if rank == 0:
     rows = metrics_file.read().splitlines(keepends=True)
     metrics_file.truncate(sum(len(row) for row in rows if row.endswith(b"\n") and json.loads(row)["step"] < start))
     if not resumed:
-        commit = subprocess.getoutput("git rev-parse HEAD 2>/dev/null")
-        meta = dict(commit=commit, command=shlex.join(sys.argv), torch=torch.__version__, wandb_id=os.urandom(4).hex())
-        write("meta.json", json.dumps(meta, indent=2).encode())
+        meta = dict(commit=subprocess.getoutput("git rev-parse HEAD 2>/dev/null"), command=shlex.join(sys.argv), wandb_id=os.urandom(4).hex())
+        write("meta.json", json.dumps(meta | {"torch": torch.__version__}, indent=2).encode())
     write("config.json", json.dumps(vars(cfg), indent=2).encode())
     write("train.py", ("\n\n".join(In) if notebook else Path(__file__).read_text()).encode())  # In: the cells as run
     write("config.py", Path(sys.modules["config"].__file__).read_bytes())
