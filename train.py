@@ -10,7 +10,7 @@ cfg = parse(Config())
 
 # %%
 # run directory: start it, go on with it, or leave it alone. Torch is imported later, so that a mistake costs no time
-import contextlib, fcntl, io, json, math, os, shlex, shutil, signal, subprocess, sys, time
+import atexit, contextlib, fcntl, io, json, math, os, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 notebook = "ipykernel" in sys.modules
@@ -202,8 +202,7 @@ if resumed and (run_dir / "checkpoint.pt").exists():
             optimizer.load_state_dict(state)
         start, seconds = checkpoint["step"], checkpoint["seconds"]
 if rank == 0:
-    metrics_file.seek(0)  # drop the rows after the checkpoint, and a torn one: they are about to come again
-    rows = metrics_file.read().splitlines(keepends=True)
+    rows = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)  # those after the checkpoint will come again
     metrics_file.truncate(sum(len(row) for row in rows if row.endswith(b"\n") and json.loads(row)["step"] < start))
     if not resumed:
         meta = dict(commit=subprocess.getoutput("git rev-parse HEAD 2>/dev/null"), command=shlex.join(sys.argv), wandb_id=os.urandom(4).hex())
@@ -235,6 +234,7 @@ tokens_per_step, val_loss, clock = cfg.batch_size * cfg.seq_len, math.nan, time.
 bar = tqdm(total=cfg.steps * tokens_per_step, initial=start * tokens_per_step, unit=" tokens", unit_scale=True,
            file=open(os.devnull, "w") if plain or rank > 0 else None,
            bar_format="{l_bar}" + "{bar:20}| " * (not plain) + "{elapsed}<{remaining}, {rate_fmt}{postfix}")
+atexit.register(bar.close)  # also when the run fails
 for step in range(start, cfg.steps + 1):
     # loss and gradient of batch `step`, at the weights after `step` updates
     train_loss = torch.zeros((), device=device)
