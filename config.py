@@ -3,7 +3,6 @@
 import contextlib, io, re, sys
 from dataclasses import dataclass
 from typing import Literal
-
 import tyro
 
 @dataclass

@@ -202,7 +202,8 @@ if resumed and (run_dir / "checkpoint.pt").exists():
             optimizer.load_state_dict(state)
         start, seconds = checkpoint["step"], checkpoint["seconds"]
 if rank == 0:
-    rows = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)  # those after the checkpoint will come again
+    metrics_file.seek(0)  # through this file only: to close another of the same name would give up the lock
+    rows = metrics_file.read().splitlines(keepends=True)  # those after the checkpoint, and a torn one, are about to come again
     metrics_file.truncate(sum(len(row) for row in rows if row.endswith(b"\n") and json.loads(row)["step"] < start))
     if not resumed:
         meta = dict(commit=subprocess.getoutput("git rev-parse HEAD 2>/dev/null"), command=shlex.join(sys.argv), wandb_id=os.urandom(4).hex())
