@@ -21,7 +21,7 @@ class Config:
 
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices; embedding and head always take AdamW
     lr: float = 1.5e-2  # peak learning rate, for Muon and AdamW alike
-    weight_decay: float = 0.1  # decoupled: a step scales the matrices by 1 - lr * weight_decay
+    weight_decay: float = 0.1  # decoupled: a step scales the matrices by 1 - their rate * weight_decay
     warmup: int = 0  # steps in which the learning rate rises to its peak
     cooldown: float = 0.5  # the last share of the run, in which the learning rate falls to 0
 
@@ -34,7 +34,7 @@ class Config:
 
     seed: int = 1337  # of the weights, the batches and the sample
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the best there is
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto: bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto: bfloat16 on CUDA and on a CPU with AMX
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
 
     run_dir: str = ""  # where everything is written (default: runs/<start time>)

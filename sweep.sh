@@ -35,7 +35,7 @@ fi
 
 # here: as many slots as GPUs, or as cores; each takes a row that no other has taken, until there are no more
 cores=$(nproc 2> /dev/null || sysctl -n hw.ncpu)
-IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd, -)}"
+IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | grep -x '[0-9]*' | paste -sd, -)}"
 slots=${JOBS:-$((${#gpus[@]} ? ${#gpus[@]} : cores))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > slots ? cores / slots : 1))}
 state=$(mktemp -d)

@@ -54,8 +54,6 @@ def write(name, data):  # bytes to a file of the run directory: beside it, then 
             f.flush()
             os.fsync(f.fileno())
         os.replace(f.name, run_dir / name)
-stop_signals = []  # Ctrl-C, kill, a cluster's warning: the loop finishes its step, saves and stops
-handlers = {n: signal.signal(n, lambda n, frame: stop_signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
 # %%
 # device and processes
@@ -108,7 +106,7 @@ def windows(tokens, starts):  # inputs and targets, both (B, T), of the windows 
     ids = torch.from_numpy(tokens[starts[:, None] + np.arange(cfg.seq_len + 1)].astype(np.int64))  # (B, T + 1)
     if ids.max() >= cfg.vocab_size:
         fail(f"the data has the token id {ids.max()}, beyond --vocab-size {cfg.vocab_size}")
-    ids = (ids.pin_memory() if cuda else ids).to(device, non_blocking=True)  # from pinned memory the copy does not wait
+    ids = (ids.pin_memory() if cuda else ids).to(device, non_blocking=cuda)  # from pinned memory the copy does not wait
     return ids[:, :-1], ids[:, 1:]
 
 def batch_starts(step):  # a pure function of (seed, step), so that a resumed run sees the same windows
@@ -178,7 +176,7 @@ if world_size > 1:
     train_model = nn.parallel.DistributedDataParallel(train_model)
 
 # %%
-# optimizers and learning rate: a group of parameters takes `scale` times the rate of the schedule
+# optimizers and learning rate: a group takes `scale` times the rate of the schedule. The constants are the best of a few tried
 matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
 others = [p for p in model.parameters() if all(p is not q for q in [*matrices, model.head.weight])]  # embedding, smear, yours
 groups = [dict(params=others, scale=4.0), dict(params=[model.head.weight])]
@@ -196,7 +194,7 @@ def lr_at(step):  # warmup, stable, decay (Hu et al., 2024): up in `warmup` step
 start, seconds, tracker = 0, 0.0, None  # updates done, seconds of training, wandb's run
 if resumed and (run_dir / "checkpoint.pt").exists():
     with or_fail(f"{run_dir}/checkpoint.pt is damaged or of another model; delete it to start again from step 0", Exception):
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
@@ -230,6 +228,8 @@ def evaluate():  # mean cross-entropy of the validation windows in nats a token,
         dist.all_reduce(total)
     return total.item() / len(val_starts)
 
+stop_signals = []  # Ctrl-C, kill, a cluster's warning: the loop finishes its step, saves and stops
+handlers = {n: signal.signal(n, lambda n, frame: stop_signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 plain = not (notebook or sys.stderr.isatty())  # a log file: lines instead of a bar
 tokens_per_step, val_loss, clock = cfg.batch_size * cfg.seq_len, math.nan, time.perf_counter()
 bar = tqdm(total=cfg.steps * tokens_per_step, initial=start * tokens_per_step, unit=" tokens", unit_scale=True,
