@@ -275,7 +275,7 @@ for step in range(start, cfg.steps + 1):
         if saving and rank == 0:  # all that the next step depends on
             state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, seconds=seconds)
             torch.save(state, buffer := io.BytesIO())  # in memory first: a full disk is then a plain OSError
-            write("checkpoint.pt", buffer.getbuffer())
+            write("checkpoint.pt", buffer.getvalue())
         bar.set_postfix_str(f"step {step}/{cfg.steps}, loss {train_loss:.3f}, val {val_loss:.3f}")
         if plain and rank == 0:
             print(bar, flush=True)
