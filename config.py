@@ -65,5 +65,4 @@ def parse(defaults: Config) -> Config:
         with contextlib.redirect_stderr(io.StringIO()) as box:
             return tyro.cli(Config, default=defaults)
     except SystemExit as stop:  # tyro frames an error in a box of many lines: make it one; --help leaves with code 0
-        error = re.sub(r"[╭╮╰╯│─\s]+", " ", box.getvalue().partition("\n")[2])
-        sys.exit(stop.code and f"{sys.argv[0]}:{error.rstrip()}")
+        sys.exit(stop.code and "error:" + re.sub(r"[╭╮╰╯│─\s]+", " ", box.getvalue().partition("\n")[2]).rstrip())

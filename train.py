@@ -16,7 +16,8 @@ rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 
 notebook = "ipykernel" in sys.modules
 
 def fail(message):  # one line on what is wrong and what to do, exit code 1
-    sys.exit(f"train.py: {message}" if local_rank == 0 else 1)
+    time.sleep(local_rank)  # where all processes fail alike, torchrun ends the others before they repeat it
+    sys.exit(f"error: {message}")
 
 @contextlib.contextmanager
 def or_fail(message, *kinds):  # the same for an error of these kinds in the block below
@@ -62,7 +63,8 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist, nn
 from tqdm import tqdm
-cfg.device = cfg.device.replace("auto", str(torch.accelerator.current_accelerator(check_available=True) or "cpu"))
+mps = torch.mps.is_available() and world_size == 1  # it has no backend for several processes
+cfg.device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
 with or_fail(f"--device {cfg.device} is not here, try --device auto", RuntimeError, AssertionError):
     device = torch.device(cfg.device, local_rank) if cfg.device == "cuda" else torch.device(cfg.device)
     torch.empty(1, device=device)
@@ -70,8 +72,7 @@ cuda = device.type == "cuda"
 if cuda:
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32, should --dtype be float32
-amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # a processor's own units for bfloat16 matrix products
-cfg.dtype = cfg.dtype.replace("auto", "bfloat16" if cuda or amx else "float32")
+cfg.dtype = cfg.dtype.replace("auto", "bfloat16" if cuda or torch.cpu._is_amx_tile_supported() else "float32")
 dtype = getattr(torch, cfg.dtype)
 cfg.compile = cfg.compile.replace("auto", "on" if cuda else "off")
 if cfg.compile == "on" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -97,8 +98,7 @@ def open_tokens(name):  # the token ids of a file, (N,) of uint8 or uint16
         return np.memmap(name, np.uint16 if name.endswith(".bin") else np.uint8, mode="r")
 
 data = open_tokens(cfg.data)
-cut = len(data) if cfg.val_data else len(data) * 9 // 10
-train_data, val_data = data[:cut], open_tokens(cfg.val_data) if cfg.val_data else data[cut:]
+train_data, val_data = (data, open_tokens(cfg.val_data)) if cfg.val_data else np.split(data, [len(data) * 9 // 10])
 if min(len(train_data), len(val_data)) <= cfg.seq_len:
     fail(f"{cfg.data}: {len(train_data)} tokens to train on and {len(val_data)} to validate are too few for --seq-len {cfg.seq_len}")
 
@@ -263,7 +263,8 @@ for step in range(start, cfg.steps + 1):
             val_loss = row["val_loss"] = evaluate()
         if rank == 0:
             with or_fail(f"cannot write {run_dir}/metrics.jsonl; make room, and the same line goes on", OSError):
-                metrics_file.write(json.dumps(row).encode() + b"\n")
+                if metrics_file.write(line := json.dumps(row).encode() + b"\n") < len(line):
+                    raise OSError("the disk took a part of a line")
         try:
             if tracker:
                 tracker.log(row, step=step)

@@ -307,10 +307,16 @@ def test_compile_without_a_compiler(monkeypatch):
     refused(train("--compile", "on"), "--compile on needs a C++ compiler")
 
 
-def test_batch_that_the_processes_cannot_share():
+def test_error_in_two_processes_or_in_the_second():
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     process = train("--batch-size", 7, launcher=launcher)
     assert process.returncode == 1 and process.err.count("cannot be shared by 2 processes") == 1, process.err
+    ids = np.zeros(20000, np.uint16)
+    starts = np.random.default_rng((Config.seed, 0)).integers(18000 - 32, size=8)  # of the windows of step 0
+    ids[next(s for s in starts[4:] if all(abs(s - other) > 33 for other in starts[:4]))] = 999
+    ids.tofile("tokens.bin")
+    process = train("--data", "tokens.bin", launcher=launcher)
+    assert process.returncode == 1 and process.err.count("token id 999, beyond --vocab-size 256") == 1, process.err
 
 
 def test_tokens_in_a_bin_file():
