@@ -90,8 +90,8 @@ if world_size > 1:
 def open_tokens(name):  # the token ids of a file, (N,) of uint8 or uint16
     if name == "stdlib":  # the source of Python's standard library, without its tests and tables
         lib, skip = Path(os.__file__).parent, {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
-        tops = [path for path in lib.iterdir() if path.name not in skip]
-        files = sorted(f for top in tops for f in [top, *top.rglob("*.py")] if f.suffix == ".py" and not skip & {*f.relative_to(lib).parts})
+        files = sorted(f for top in lib.iterdir() if top.name not in skip for f in [top, *top.rglob("*.py")]
+                       if f.suffix == ".py" and not skip & {*f.relative_to(lib).parts})
         np.random.default_rng(0).shuffle(files)  # so that the last tenth is like the rest
         return np.frombuffer(b"".join(f.read_bytes() for f in files), np.uint8)
     with or_fail(f"cannot read {name} as bytes, or as uint16 token ids if it ends in .bin", OSError, ValueError):

@@ -1,11 +1,13 @@
 """How fast train.py is on this machine. Run by hand, with nothing else running; flags it does not know go to train.py.
 
 python tests/bench.py                                start-up, a step and its parts, memory: about two minutes
-python tests/bench.py --data FILE --target 1.898     steps, tokens and seconds to that validation loss, over three seeds
+python tests/bench.py --data FILE --target 1.9       steps, tokens and seconds to that validation loss, over three seeds
+python tests/bench.py --data FILE --nanogpt          the same to the loss of nanoGPT's recipe for a CPU, which is run first
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import runpy
@@ -17,6 +19,8 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).parent.parent
@@ -157,10 +161,84 @@ def target(loss, flags):
     if len(results) == 3:
         steps, tokens, seconds = (statistics.median(column) for column in zip(*results))
         print(f"median {steps:4d}  {tokens:8d}  {seconds:7.1f}")
+        return seconds
+
+
+def nanogpt(name):
+    """Seconds of nanoGPT's recipe for a CPU on the text `name`, and its loss on the last tenth. Karpathy's README gives the flags; the
+    operations are its own, in float32 and without evaluations: 12 x 64 characters, 4 layers, 4 heads, width 128, 2000 steps of AdamW."""
+    B, T, C, H, layers, steps = 12, 64, 128, 4, 4, 2000
+    text = Path(name).read_text()
+    characters = sorted(set(text))
+    ids = torch.tensor(list(map(characters.index, text)))
+    cut, V = len(ids) * 9 // 10, len(characters)
+    torch.manual_seed(1337)
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(C))
+
+        def forward(self, x):
+            return F.layer_norm(x, (C,), self.weight)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = Norm(), Norm()
+            for part, inputs, outputs in (("qkv", C, 3 * C), ("out", C, C), ("up", C, 4 * C), ("down", 4 * C, C)):
+                setattr(self, part, nn.Linear(inputs, outputs, bias=False))
+                nn.init.normal_(getattr(self, part).weight, 0, 0.02 / (2 * layers) ** 0.5 if part in ("out", "down") else 0.02)
+
+        def forward(self, x):
+            q, k, v = (z.view(*z.shape[:2], H, C // H).transpose(1, 2) for z in self.qkv(self.norm1(x)).split(C, dim=2))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+            x = x + self.out(y.transpose(1, 2).reshape(x.shape))
+            return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+    class NanoGPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.positions, self.norm = nn.Embedding(V, C), nn.Embedding(T, C), Norm()
+            nn.init.normal_(self.tokens.weight, 0, 0.02)
+            nn.init.normal_(self.positions.weight, 0, 0.02)
+            self.blocks = nn.Sequential(*(Block() for _ in range(layers)))
+
+        def forward(self, windows):  # (B, T + 1): the mean cross-entropy
+            x = self.norm(self.blocks(self.tokens(windows[:, :-1]) + self.positions.weight))
+            return F.cross_entropy((x @ self.tokens.weight.T).flatten(0, 1), windows[:, 1:].flatten())
+
+    model = NanoGPT()
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim == 2) is wanted] for wanted in (True, False))
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)], betas=(0.9, 0.99))
+    begin = time.perf_counter()
+    for step in range(steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 100) / (steps - 100)))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * step / 100 if step < 100 else 1e-4 + cosine * 9e-4
+        loss = model(torch.stack([ids[i : i + T + 1] for i in torch.randint(cut - T, (B,))]))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - begin
+    with torch.no_grad():
+        losses = [model(window[None]).item() for window in ids[cut:].unfold(0, T + 1, T)]
+    count = sum(p.numel() for p in model.parameters())
+    print(f"nanoGPT's recipe, {count} parameters: {steps} steps, {seconds:.1f} s, {statistics.mean(losses):.4f}", flush=True)
+    return seconds, statistics.mean(losses)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=float, help="a validation loss")
+    parser.add_argument("--nanogpt", action="store_true", help="take the loss of nanoGPT's recipe as the target")
     arguments, flags = parser.parse_known_args()
-    target(arguments.target, flags) if arguments.target else table(flags)
+    if arguments.nanogpt:
+        theirs, loss = nanogpt(flags[flags.index("--data") + 1])
+        ours = target(loss, ["--seq-len", "64", "--vocab-size", "128", "--steps", "85", *flags])
+        print(f"{theirs / ours:.1f} times faster" if ours else "not reached by every seed")
+    elif arguments.target:
+        target(arguments.target, flags)
+    else:
+        table(flags)
