@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A grid of runs: does Muon beat AdamW when each has its best learning rate?
-#   bash sweep.sh              here: one run per GPU at once, else one per core (JOBS=4 bash sweep.sh: four at once)
+#   bash sweep.sh              here, in parallel: one run per GPU, or per core without GPUs (JOBS=4 bash sweep.sh: four)
 #   bash sweep.sh slurm        on the cluster, as a job array of slurm.sbatch
 #   bash sweep.sh list         only print the command lines
 #   bash sweep.sh --steps 50   these flags go to every run
-# Again: finished runs are skipped, interrupted ones go on, failed ones are tried again, new ones are added.
+# Run again: finished runs are skipped, interrupted ones resume, failed ones are tried again, new ones are added.
 set -euo pipefail
 cd "$(dirname "$0")"
 mode=here
@@ -71,7 +71,7 @@ progress() { # a line as a run ends: n of N, name, final loss, time left
 }
 
 pids=() SECONDS=0
-trap 'trap "" INT TERM; kill "${pids[@]}" 2> /dev/null; wait; echo "stopped and saved; the same line goes on"; exit 130' INT TERM # no orphans
+trap 'trap "" INT TERM; kill "${pids[@]}" 2> /dev/null; wait; echo "stopped and saved; the same line resumes"; exit 130' INT TERM # no orphans
 for ((i = 0; i < slots; i++)); do
   slot "$i" &
   pids+=("$!")
@@ -79,6 +79,6 @@ done
 wait
 printf '%d runs, %d failed, in %d:%02d; plot.ipynb draws them\n' "$total" "$(wc -l < "$state/failed")" $((SECONDS / 60)) $((SECONDS % 60))
 if [ -s "$state/failed" ]; then
-  sed 's/^/failed, look into /' "$state/failed"
+  sed 's/^/failed, see /' "$state/failed"
   exit 1
 fi

@@ -1,7 +1,6 @@
 # %% [markdown]
 # # One experiment: a small GPT
-# Config, run directory, data, model, optimizers, loop, sample: read it from top to bottom. `train.py` and `train.ipynb` hold
-# the same cells. Shapes: B sequences, T tokens, C channels, H heads, D = C / H channels of a head, V token ids.
+# `train.py` and `train.ipynb` hold the same cells. Shapes: B sequences, T tokens, C channels, H heads of D = C / H, V token ids.
 
 # %%
 # config: flags in the script; in the notebook edit this line instead, as in Config(lr=3e-3, steps=200)
@@ -9,18 +8,19 @@ from config import Config, parse
 cfg = parse(Config())
 
 # %%
-# run directory: start it, go on with it, or leave it alone. Torch is imported later, so that a mistake costs no time
+# run directory: start it, resume it, or leave it alone. Torch is imported later, so that a mistake costs no time
 import atexit, contextlib, fcntl, io, json, math, os, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 notebook = "ipykernel" in sys.modules
 
 def fail(message):  # one line on what is wrong and what to do, exit code 1
-    time.sleep(local_rank)  # where all processes fail alike, torchrun ends the others before they repeat it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # where all processes fail alike, torchrun ends the others
+    time.sleep(5 if local_rank else 0)  # before they repeat it
     sys.exit(f"error: {message}")
 
 @contextlib.contextmanager
-def or_fail(message, *kinds):  # the same for an error of these kinds in the block below
+def or_fail(message, *kinds):  # turns errors of these kinds in its block into `fail`
     try:
         yield
     except kinds as error:
@@ -30,7 +30,7 @@ cfg.run_dir = cfg.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
 run_dir = Path(cfg.run_dir)
 resumed = (run_dir / "config.json").exists()
 if resumed:
-    with or_fail(f"{run_dir}/config.json is not the config of a run; name another --run-dir", ValueError, TypeError):
+    with or_fail(f"{run_dir}/config.json is not a run's config; name another --run-dir", ValueError, TypeError):
         old, new = vars(Config(**json.loads((run_dir / "config.json").read_text()))), vars(cfg)
     differ = [f"{k} is {old[k]!r} there, {v!r} here" for k, v in new.items() if v not in (old[k], "auto") and k != "run_dir"]
     if differ:  # but for auto, which means: as the run began
@@ -65,18 +65,19 @@ from torch import distributed as dist, nn
 from tqdm import tqdm
 mps = torch.mps.is_available() and world_size == 1  # it has no backend for several processes
 cfg.device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-with or_fail(f"--device {cfg.device} is not here, try --device auto", RuntimeError, AssertionError):
+with or_fail(f"--device {cfg.device} is not here: try --device auto, or resume the run where it began", RuntimeError, AssertionError):
     device = torch.device(cfg.device, local_rank) if cfg.device == "cuda" else torch.device(cfg.device)
     torch.empty(1, device=device)
 cuda = device.type == "cuda"
 if cuda:
     torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")  # TF32, should --dtype be float32
-cfg.dtype = cfg.dtype.replace("auto", "bfloat16" if cuda or torch.cpu._is_amx_tile_supported() else "float32")
+    torch.set_float32_matmul_precision("high")  # TF32, for --dtype float32
+bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_amx_tile_supported()
+cfg.dtype = cfg.dtype.replace("auto", "bfloat16" if bfloat16 else "float32")
 dtype = getattr(torch, cfg.dtype)
-cfg.compile = cfg.compile.replace("auto", "on" if cuda else "off")
-if cfg.compile == "on" and not shutil.which(os.environ.get("CXX", "g++")):
-    fail("--compile on needs a C++ compiler, and there is no g++ here: install it, or take --compile off")
+cfg.compile = cfg.compile.replace("auto", "on" if cuda and shutil.which("g++") else "off")
+if cfg.compile == "on" and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
+    fail("--compile on needs a C++ compiler, and there is no g++ here: install it, or use --compile off")
 torch.manual_seed(cfg.seed)
 micro_batch_size = cfg.micro_batch_size or max(cfg.batch_size // world_size, 1)
 micro_steps = cfg.batch_size // (micro_batch_size * world_size)
@@ -94,19 +95,19 @@ def open_tokens(name):  # the token ids of a file, (N,) of uint8 or uint16
                        if f.suffix == ".py" and not skip & {*f.relative_to(lib).parts})
         np.random.default_rng(0).shuffle(files)  # so that the last tenth is like the rest
         return np.frombuffer(b"".join(f.read_bytes() for f in files), np.uint8)
-    with or_fail(f"cannot read {name} as bytes, or as uint16 token ids if it ends in .bin", OSError, ValueError):
+    with or_fail(f"cannot read {name} (a .bin holds uint16 token ids, any other file bytes)", OSError, ValueError):
         return np.memmap(name, np.uint16 if name.endswith(".bin") else np.uint8, mode="r")
 
 data = open_tokens(cfg.data)
 train_data, val_data = (data, open_tokens(cfg.val_data)) if cfg.val_data else np.split(data, [len(data) * 9 // 10])
 if min(len(train_data), len(val_data)) <= cfg.seq_len:
-    fail(f"{cfg.data}: {len(train_data)} tokens to train on and {len(val_data)} to validate are too few for --seq-len {cfg.seq_len}")
+    fail(f"{len(train_data)} training and {len(val_data)} validation tokens are too few: --seq-len {cfg.seq_len} needs more of each")
 
 def windows(tokens, starts):  # inputs and targets, both (B, T), of the windows that begin at `starts` (B,)
     ids = torch.from_numpy(tokens[starts[:, None] + np.arange(cfg.seq_len + 1)].astype(np.int64))  # (B, T + 1)
     if ids.max() >= cfg.vocab_size:
         fail(f"the data has the token id {ids.max()}, beyond --vocab-size {cfg.vocab_size}")
-    ids = (ids.pin_memory() if cuda else ids).to(device, non_blocking=cuda)  # from pinned memory the copy does not wait
+    ids = (ids.pin_memory() if cuda else ids).to(device, non_blocking=cuda)  # a copy from pinned memory does not block
     return ids[:, :-1], ids[:, 1:]
 
 def batch_starts(step):  # a pure function of (seed, step), so that a resumed run sees the same windows
@@ -119,7 +120,7 @@ val_starts = np.linspace(0, len(val_data) - 1 - cfg.seq_len, n_val).astype(np.in
 # %%
 # model
 def norm(x):
-    return F.layer_norm(x, x.shape[-1:])  # no weights: the matrix after it can scale. As good as RMSNorm, and one kernel on the CPU
+    return F.layer_norm(x, x.shape[-1:])  # no weights: the next matrix can learn the scale. As good as RMSNorm, and one kernel on the CPU
 
 D = cfg.n_embd // cfg.n_head
 angle = torch.outer(torch.arange(cfg.seq_len), 10000.0 ** -(torch.arange(0, D, 2) / D))[:, None]  # (T, 1, D / 2)
@@ -183,7 +184,7 @@ groups = [dict(params=others, scale=4.0), dict(params=[model.head.weight])]
 if cfg.optimizer == "adamw":
     groups += [dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay)]
 optimizers = [torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)]
-if cfg.optimizer == "muon":  # Muon (Jordan et al., 2024); match_rms_adamw makes its steps 0.2 * lr large in each weight
+if cfg.optimizer == "muon":  # Muon (Jordan et al., 2024); match_rms_adamw gives its updates an RMS of 0.2 * lr
     optimizers += [torch.optim.Muon(matrices, cfg.lr, cfg.weight_decay, momentum=0.8, adjust_lr_fn="match_rms_adamw")]
 
 def lr_at(step):  # warmup, stable, decay (Hu et al., 2024): up in `warmup` steps, level, and straight down to 0
@@ -201,11 +202,12 @@ if resumed and (run_dir / "checkpoint.pt").exists():
         start, seconds = checkpoint["step"], checkpoint["seconds"]
 if rank == 0:
     metrics_file.seek(0)  # through this file only: to close another of the same name would give up the lock
-    rows = metrics_file.read().splitlines(keepends=True)  # those after the checkpoint, and a torn one, are about to come again
+    rows = metrics_file.read().splitlines(keepends=True)  # drop those after the checkpoint, and a torn one: they come again
     metrics_file.truncate(sum(len(row) for row in rows if row.endswith(b"\n") and json.loads(row)["step"] < start))
     if not resumed:
-        meta = dict(commit=subprocess.getoutput("git rev-parse HEAD 2>/dev/null"), command=shlex.join(sys.argv), wandb_id=os.urandom(4).hex())
-        write("meta.json", json.dumps(meta | {"torch": torch.__version__}, indent=2).encode())
+        commit = subprocess.getoutput(f"git -C '{Path(sys.modules['config'].__file__).parent}' rev-parse HEAD 2>/dev/null")
+        meta = dict(commit=commit, command=shlex.join(sys.argv), torch=torch.__version__, wandb_id=os.urandom(4).hex())
+        write("meta.json", json.dumps(meta, indent=2).encode())
     write("config.json", json.dumps(vars(cfg), indent=2).encode())
     write("train.py", ("\n\n".join(In) if notebook else Path(__file__).read_text()).encode())  # In: the cells as run
     write("config.py", Path(sys.modules["config"].__file__).read_bytes())
@@ -229,7 +231,7 @@ def evaluate():  # mean cross-entropy of the validation windows in nats a token,
     return total.item() / len(val_starts)
 
 stop_signals = []  # Ctrl-C, kill, a cluster's warning: the loop finishes its step, saves and stops
-handlers = {n: signal.signal(n, lambda n, frame: stop_signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+handlers = {n: signal.signal(n, lambda number, frame: stop_signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 plain = not (notebook or sys.stderr.isatty())  # a log file: lines instead of a bar
 tokens_per_step, val_loss, clock = cfg.batch_size * cfg.seq_len, math.nan, time.perf_counter()
 bar = tqdm(total=cfg.steps * tokens_per_step, initial=start * tokens_per_step, unit=" tokens", unit_scale=True,
@@ -245,7 +247,7 @@ for step in range(start, cfg.steps + 1):
         loss.backward()
         train_loss += loss.detach()
 
-    # log, evaluate, save: at the same weights, so that a checkpoint's loss has been seen to be finite
+    # log, evaluate, save: at the same weights, so only those with a finite loss are saved
     stopping, done = max(stop_signals, default=0), step == cfg.steps
     if world_size > 1:  # a signal finds the processes at different steps: they stop together
         dist.all_reduce(flag := torch.tensor(stopping), dist.ReduceOp.MAX)
@@ -298,19 +300,18 @@ for number, handler in handlers.items():
     signal.signal(number, handler)
 if not done:
     if rank == 0:
-        print(f"stopped by {signal.Signals(stopping).name} at step {step}, saved. The same line goes on, with --run-dir {run_dir}")
-    sys.exit(128 + stopping)
+        print(f"stopped by {signal.Signals(stopping).name} at step {step}, saved. To resume: the same line with --run-dir {run_dir}")
+    sys.exit(128 + stopping if rank == 0 else 0)  # torchrun ends the others when one fails: rank 0 may finish wandb
 
 # %%
 # sample: what the model writes, and the result
 if rank == 0:
-    generator = torch.Generator(device).manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
     ids = torch.tensor([[int(val_data[0])]], device=device)  # (1, T)
     for _ in range(cfg.sample_tokens):
         with torch.no_grad():
             logits = model(ids[:, -cfg.seq_len :])[0, -1]  # (V,)
-        next_id = torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1, generator=generator)  # temperature 0.8
-        ids = torch.cat((ids, next_id[None]), dim=1)
+        ids = torch.cat((ids, torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1)[None]), dim=1)  # temperature 0.8
     ids = ids[0, 1:].tolist()
     sample = " ".join(map(str, ids)) if cfg.data.endswith(".bin") else bytes(i for i in ids if i < 256).decode(errors="replace")
     write("sample.txt", sample.encode())

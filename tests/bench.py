@@ -235,6 +235,8 @@ if __name__ == "__main__":
     parser.add_argument("--nanogpt", action="store_true", help="take the loss of nanoGPT's recipe as the target")
     arguments, flags = parser.parse_known_args()
     if arguments.nanogpt:
+        if "--data" not in flags:
+            parser.error("--nanogpt needs --data FILE")
         theirs, loss = nanogpt(flags[flags.index("--data") + 1])
         ours = target(loss, ["--seq-len", "64", "--vocab-size", "128", "--steps", "85", *flags])
         print(f"{theirs / ours:.1f} times faster" if ours else "not reached by every seed")

@@ -65,7 +65,7 @@ def test_failures_are_named_finished_runs_skipped_and_a_grid_enlarged():
     assert first.returncode == 1, first.out + first.err
     assert first.out.count(" of 4  ") == 4 and first.out.count("FAILED: error: the loss is not finite") == 2
     assert first.out.count("val_loss: ") == 2 and " left\n" in first.out and "4 runs, 2 failed" in first.out
-    assert "failed, look into runs/muon-or-adamw/adamw-lr1e6-seed1/log.txt" in first.out
+    assert "failed, see runs/muon-or-adamw/adamw-lr1e6-seed1/log.txt" in first.out
     before = losses()
     edit("1e6 1e-2", "1e-3 1e-2")
     edit("seed in 1", "seed in 1 2")

@@ -311,6 +311,8 @@ def test_error_in_two_processes_or_in_the_second():
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     process = train("--batch-size", 7, launcher=launcher)
     assert process.returncode == 1 and process.err.count("cannot be shared by 2 processes") == 1, process.err
+    process = train("--lr", 1e6, launcher=launcher)
+    assert process.returncode == 1 and process.err.count("not finite at step") == 1, process.err
     ids = np.zeros(20000, np.uint16)
     starts = np.random.default_rng((Config.seed, 0)).integers(18000 - 32, size=8)  # of the windows of step 0
     ids[next(s for s in starts[4:] if all(abs(s - other) > 33 for other in starts[:4]))] = 999
