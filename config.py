@@ -52,7 +52,7 @@ class Config:
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"--cooldown {self.cooldown}: must be between 0 and 1")
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"--n-embd {self.n_embd} must be --n-head {self.n_head} times an even head width")
+            raise ValueError(f"--n-embd {self.n_embd} must be a multiple of twice --n-head {self.n_head}")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"--micro-batch-size {self.micro_batch_size} must divide --batch-size {self.batch_size}")
 
@@ -64,4 +64,4 @@ def parse(defaults: Config) -> Config:
         with contextlib.redirect_stderr(io.StringIO()) as box:
             return tyro.cli(Config, default=defaults)
     except SystemExit as stop:  # tyro frames an error in a box of many lines: make it one; --help leaves with code 0
-        sys.exit(stop.code and "error:" + re.sub(r"[╭╮╰╯│─\s]+", " ", box.getvalue().partition("\n")[2]).rstrip())
+        sys.exit(stop.code and "error:" + re.sub(r"([╭╮╰╯│─\s]|Error parsing Config:)+", " ", box.getvalue().partition("\n")[2]).rstrip())

@@ -8,7 +8,10 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 mode=here
-case "${1:-}" in list | slurm) mode=$1 && shift ;; esac
+case "${1:-}" in
+  list | slurm) mode=$1 && shift ;;
+  -h | --help) grep '^#   ' sweep.sh && exit ;;
+esac
 extra=$([ $# = 0 ] || printf ' %q' "$@")
 
 sweep=muon-or-adamw # its folder in runs/, and its group in wandb
@@ -53,8 +56,12 @@ slot() {
     mkdir -p "${log%/*}"
     bash -c "exec $line" < /dev/null >> "$log" 2>&1 &
     if wait "$!"; then
-      tail -n 1 "$log" | grep -q "is finished" || echo "$log" >> "$state/trained"
-      progress "$log" "$(grep -o 'val_loss.*' "$log" | tail -n 1)"
+      if tail -n 1 "$log" | grep -q "is finished"; then
+        progress "$log" "was finished: $(tail -n 2 "$log" | grep -o 'val_loss .*\|note: .*' | paste -sd' ' -)"
+      else
+        echo "$log" >> "$state/trained"
+        progress "$log" "$(grep -o 'val_loss: .*' "$log" | tail -n 1)"
+      fi
     else
       echo "$log" | tee -a "$state/trained" >> "$state/failed"
       progress "$log" "FAILED: $(tail -n 1 "$log")"
@@ -65,11 +72,13 @@ slot() {
 progress() { # a line as a run ends: n of N, name, final loss, time left
   local ended trained
   echo "$1" >> "$state/ended"
-  ended=$(wc -l < "$state/ended") trained=$(wc -l < "$state/trained")
-  local left=$((SECONDS * (total - ended) / (trained ? trained : 1)))
+  ended=$(grep -nxF "$1" "$state/ended" | cut -d: -f1) trained=$(wc -l < "$state/trained")
+  local running=$((total - ended < slots ? total - ended : slots - 1)) # taken to be half done
+  local left=$((SECONDS * (2 * (total - ended) - running) / (trained + running ? 2 * trained + running : 1)))
   printf '%d of %d  %s  %s  %d:%02d left\n' "$ended" "$total" "$(basename "${1%/*}")" "$2" $((left / 60)) $((left % 60))
 }
 
+echo "$total runs, $slots at a time; their logs: runs/$sweep/*/log.txt"
 pids=() SECONDS=0
 trap 'trap "" INT TERM; kill "${pids[@]}" 2> /dev/null; wait; echo "stopped and saved; the same line resumes"; exit 130' INT TERM # no orphans
 for ((i = 0; i < slots; i++)); do

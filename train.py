@@ -36,6 +36,8 @@ if resumed:
     if differ:  # but for auto, which means: as the run began
         fail(f"{run_dir} holds a run of another config ({', '.join(differ)}); name another --run-dir")
     cfg = Config(**old | {"run_dir": cfg.run_dir})
+    if rank == 0 and not notebook and (run_dir / "train.py").read_bytes() != Path(__file__).read_bytes():
+        print(f"note: this code is not that of the run so far, {run_dir}/train.py")
     if (run_dir / "sample.txt").exists():  # a run's last file
         last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
         if rank == 0:
@@ -205,12 +207,12 @@ if rank == 0:
     rows = metrics_file.read().splitlines(keepends=True)  # drop those after the checkpoint, and a torn one: they come again
     metrics_file.truncate(sum(len(row) for row in rows if row.endswith(b"\n") and json.loads(row)["step"] < start))
     if not resumed:
-        commit = subprocess.getoutput(f"git -C '{Path(sys.modules['config'].__file__).parent}' rev-parse HEAD 2>/dev/null")
+        commit = subprocess.getoutput(f"git -C '{Path(sys.modules['config'].__file__).parent}' rev-parse --verify HEAD 2>/dev/null")
         meta = dict(commit=commit, command=shlex.join(sys.argv), torch=torch.__version__, wandb_id=os.urandom(4).hex())
         write("meta.json", json.dumps(meta, indent=2).encode())
-    write("config.json", json.dumps(vars(cfg), indent=2).encode())
     write("train.py", ("\n\n".join(In) if notebook else Path(__file__).read_text()).encode())  # In: the cells as run
     write("config.py", Path(sys.modules["config"].__file__).read_bytes())
+    write("config.json", json.dumps(vars(cfg), indent=2).encode())
     if cfg.wandb != "disabled":
         import wandb
         with or_fail("wandb does not start; --wandb offline needs no account and no network", Exception):
@@ -240,6 +242,7 @@ bar = tqdm(total=cfg.steps * tokens_per_step, initial=start * tokens_per_step, u
 atexit.register(bar.close)  # also when the run fails
 for step in range(start, cfg.steps + 1):
     # loss and gradient of batch `step`, at the weights after `step` updates
+    model.zero_grad()
     train_loss = torch.zeros((), device=device)
     for i, starts in enumerate(batch_starts(step)):
         train_model.require_backward_grad_sync = i == micro_steps - 1  # processes exchange gradients once a step
@@ -290,17 +293,18 @@ for step in range(start, cfg.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = group.get("scale", 1.0) * lr_at(step)
         optimizer.step()
-        optimizer.zero_grad()
     bar.update(tokens_per_step)
 bar.close()
+start = step  # in a notebook, this cell again goes on from here
 if world_size > 1:  # together: a process that leaves early makes the others abort
     dist.barrier()
     dist.destroy_process_group()
 for number, handler in handlers.items():
     signal.signal(number, handler)
 if not done:
+    again = f"run_dir={cfg.run_dir!r} in the config cell" if notebook else f"python {shlex.join([*sys.argv, '--run-dir', cfg.run_dir])}"
     if rank == 0:
-        print(f"stopped by {signal.Signals(stopping).name} at step {step}, saved. To resume: the same line with --run-dir {run_dir}")
+        print(f"stopped by {signal.Signals(stopping).name} at step {step}, saved. To resume: {again}")
     sys.exit(128 + stopping if rank == 0 else 0)  # torchrun ends the others when one fails: rank 0 may finish wandb
 
 # %%
@@ -314,19 +318,15 @@ if rank == 0:
         ids = torch.cat((ids, torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1)[None]), dim=1)  # temperature 0.8
     ids = ids[0, 1:].tolist()
     sample = " ".join(map(str, ids)) if cfg.data.endswith(".bin") else bytes(i for i in ids if i < 256).decode(errors="replace")
-    write("sample.txt", sample.encode())
+    write("sample.txt" if done else "sample-unfinished.txt", sample.encode())
     if tracker:
         tracker.summary["sample"] = sample
         tracker.finish()
     print(f"\n{sample}\n\n---\nval_loss: {val_loss:.4f}\nsteps: {step}\ntokens: {row['tokens']}\ntrain_seconds: {seconds:.1f}\n"
-          f"tokens_per_second: {row['tokens'] / seconds:.0f}\nparameters: {sum(p.numel() for p in model.parameters())}\nrun_dir: {run_dir}\n"
-          "next: `wandb leet` shows the curves, `bash sweep.sh` runs a grid, plot.ipynb draws what is in runs/")
+          f"tokens_per_second: {row['tokens'] / seconds:.0f}\nparameters: {sum(p.numel() for p in model.parameters())}\nrun_dir: {run_dir}")
 
 # %%
 # the loss curve, in the notebook
 if notebook:
-    import matplotlib.pyplot as plt
-    rows = [json.loads(row) for row in open(run_dir / "metrics.jsonl")]
-    plt.plot([r["step"] for r in rows], [r["train_loss"] for r in rows], color="0.7", label="training batch")
-    plt.plot(*zip(*[(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]), "o-", label="validation")
-    plt.xlabel("step"), plt.ylabel("loss (nats per token)"), plt.legend(), plt.show()
+    import pandas as pd
+    pd.read_json(run_dir / "metrics.jsonl", lines=True).interpolate().plot("step", ["train_loss", "val_loss"], ylabel="nats per token")

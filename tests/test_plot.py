@@ -1,6 +1,7 @@
 """plot.ipynb over run directories of every kind."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ import nbformat
 ROOT = Path(__file__).parent.parent
 
 
-def run(name, steps=20, until=20, final=None, **config):
+def run(name, steps=20, until=20, final=None, script="train.py", **config):
     """A run directory as train.py leaves it."""
     folder = Path("runs/a-sweep", name)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(steps=steps, run_dir=str(folder), n_layer=4, **config)))
+    (folder / "meta.json").write_text(json.dumps(dict(command=f"{script} --lr 1")))
     rows = [dict(step=i, tokens=i * 10, seconds=i * 0.5, train_loss=3 - i / 10, lr=config["lr"]) for i in range(until + 1)]
     for row in rows[::10]:
         row["val_loss"] = final if final and row["step"] == until else 3 - row["step"] / 20
@@ -32,7 +34,7 @@ def execute(x="lr"):
     notebook.cells[1].source = notebook.cells[1].source.replace('x = "lr"', f'x = "{x}"')
     nbformat.write(notebook, "plot.ipynb")
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", "plot.ipynb"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # for config.py
     assert done.returncode == 0, done.stderr
     outputs = [output for cell in nbformat.read("plot.ipynb", 4).cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.get("name") == "stderr"]
@@ -68,5 +70,6 @@ def test_runs_of_every_kind(tmp_path, monkeypatch):
     assert rows[-1][:3] == ["adamw", "0.10", "NaN"] and rows[-1][-1] == "1"
     for name in ("curves", "summary"):
         assert Path(f"runs/{name}.png").stat().st_size > 5000 and Path(f"runs/{name}.pdf").exists()
+    run("mine", optimizer="muon", lr=0.01, seed=1, final=1.55, script="mine.py", batch_size=32)  # 32 is what the others have by default
     text, figures = execute(x="optimizer")  # a field of words
-    assert figures == 2
+    assert figures == 2 and "9 runs; what varies: optimizer, lr, script, seed" in text
