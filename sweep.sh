@@ -57,7 +57,7 @@ slot() {
     bash -c "exec $line" < /dev/null >> "$log" 2>&1 &
     if wait "$!"; then
       if tail -n 1 "$log" | grep -q "is finished"; then
-        progress "$log" "was finished: $(tail -n 2 "$log" | grep -o 'val_loss .*\|note: .*' | paste -sd' ' -)"
+        progress "$log" "$(tail -n 2 "$log" | sed -n '/^note:/s/.*/(by older code)/p; $s/.*is finished:/was finished:/p' | paste -sd' ' -)"
       else
         echo "$log" >> "$state/trained"
         progress "$log" "$(grep -o 'val_loss: .*' "$log" | tail -n 1)"

@@ -37,7 +37,7 @@ if resumed:
         fail(f"{run_dir} holds a run of another config ({', '.join(differ)}); name another --run-dir")
     cfg = Config(**old | {"run_dir": cfg.run_dir})
     if rank == 0 and not notebook and (run_dir / "train.py").read_bytes() != Path(__file__).read_bytes():
-        print(f"note: this code is not that of the run so far, {run_dir}/train.py")
+        print(f"note: the code has changed since this run, see {run_dir}/train.py")
     if (run_dir / "sample.txt").exists():  # a run's last file
         last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
         if rank == 0:

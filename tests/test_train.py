@@ -161,7 +161,7 @@ def test_same_command_on_a_finished_run_and_another_config(whole):
     for name in ("train.py", "config.py"):
         Path(name).write_text((ROOT / name).read_text() + "# another experiment\n")
     changed = subprocess.run([sys.executable, "train.py", *TINY, "--run-dir", whole.run_dir], capture_output=True, text=True)
-    assert changed.returncode == 0 and "note: this code is not that of the run so far" in changed.stdout
+    assert changed.returncode == 0 and "note: the code has changed since this run" in changed.stdout
     other = train("--run-dir", whole.run_dir, "--lr", 0.1, "--seed", 2)
     refused(other, "another config", "lr is 0.015 there, 0.1 here", "seed is 1337 there, 2 here")
     assert before == {f: f.read_bytes() for f in whole.run_dir.iterdir() if f.is_file()}
