@@ -302,7 +302,7 @@ if world_size > 1:  # together: a process that leaves early makes the others abo
 for number, handler in handlers.items():
     signal.signal(number, handler)
 if not done:
-    again = shlex.join(["python", *sys.argv, "--run-dir", cfg.run_dir]) if not notebook else f"this cell, or run_dir={cfg.run_dir!r} in the first"
+    again = shlex.join(["python", *sys.argv, "--run-dir", cfg.run_dir]) if not notebook else f"this cell, or run_dir={cfg.run_dir!r}"
     if rank == 0:
         print(f"stopped by {signal.Signals(stopping).name} at step {step}, saved. To resume: {again}")
     sys.exit(128 + stopping if rank == 0 else 0)  # torchrun ends the others when one fails: rank 0 may finish wandb
