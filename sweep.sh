@@ -74,7 +74,8 @@ progress() { # a line as a run ends: n of N, name, final loss, time left
   echo "$1" >> "$state/ended"
   ended=$(grep -nxF "$1" "$state/ended" | cut -d: -f1) trained=$(wc -l < "$state/trained")
   local running=$((total - ended < slots ? total - ended : slots - 1)) # taken to be half done
-  local left=$((SECONDS * (2 * (total - ended) - running) / (trained + running ? 2 * trained + running : 1)))
+  local halves=$((2 * trained + running))
+  local left=$((SECONDS * (2 * (total - ended) - running) / (halves ? halves : 1)))
   printf '%d of %d  %s  %s  %d:%02d left\n' "$ended" "$total" "$(basename "${1%/*}")" "$2" $((left / 60)) $((left % 60))
 }
 

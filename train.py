@@ -68,8 +68,7 @@ from tqdm import tqdm
 mps = torch.mps.is_available() and world_size == 1  # it has no backend for several processes
 cfg.device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
 with or_fail(f"--device {cfg.device} is not here: try --device auto, or resume the run where it began", RuntimeError, AssertionError):
-    device = torch.device(cfg.device, local_rank) if cfg.device == "cuda" else torch.device(cfg.device)
-    torch.empty(1, device=device)
+    device = torch.empty(1, device=f"cuda:{local_rank}" if cfg.device == "cuda" else cfg.device).device
 cuda = device.type == "cuda"
 if cuda:
     torch.cuda.set_device(device)
@@ -77,8 +76,9 @@ if cuda:
 bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_amx_tile_supported()
 cfg.dtype = cfg.dtype.replace("auto", "bfloat16" if bfloat16 else "float32")
 dtype = getattr(torch, cfg.dtype)
-cfg.compile = cfg.compile.replace("auto", "on" if cuda and shutil.which("g++") else "off")
-if cfg.compile == "on" and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
+compiler = shutil.which(os.environ.get("CXX", "g++").split()[0])
+cfg.compile = cfg.compile.replace("auto", "on" if cuda and compiler else "off")
+if cfg.compile == "on" and not compiler:
     fail("--compile on needs a C++ compiler, and there is no g++ here: install it, or use --compile off")
 torch.manual_seed(cfg.seed)
 micro_batch_size = cfg.micro_batch_size or max(cfg.batch_size // world_size, 1)
@@ -210,7 +210,7 @@ if rank == 0:
         commit = subprocess.getoutput(f"git -C '{Path(sys.modules['config'].__file__).parent}' rev-parse --verify HEAD 2>/dev/null")
         meta = dict(commit=commit, command=shlex.join(sys.argv), torch=torch.__version__, wandb_id=os.urandom(4).hex())
         write("meta.json", json.dumps(meta, indent=2).encode())
-    write("train.py", ("\n\n".join(In) if notebook else Path(__file__).read_text()).encode())  # In: the cells as run
+    write("train.py", "\n\n".join(In).encode() if notebook else Path(__file__).read_bytes())  # In: the cells as run
     write("config.py", Path(sys.modules["config"].__file__).read_bytes())
     write("config.json", json.dumps(vars(cfg), indent=2).encode())
     if cfg.wandb != "disabled":

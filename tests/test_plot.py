@@ -48,6 +48,13 @@ def test_no_runs(tmp_path, monkeypatch):
     assert "0 runs" in text and "no figure: lr does not vary" in text
 
 
+def test_a_run_that_ends_worse_than_it_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("worse", lr=3.0, seed=1, final=283.0)
+    text, figures = execute()
+    assert figures == 1 and "1 runs; what varies: nothing" in text
+
+
 def test_runs_of_every_kind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed in (1, 2):
