@@ -1,67 +1,175 @@
-"""Every knob of the experiment in one flat dataclass. A new flag is a new line in it; the comment is its --help."""
-import contextlib, io, re, sys
+"""Every knob of the experiment in one flat dataclass, and the rule of the run directory.
+
+A new flag is a new line in Config; its comment is its --help.
+"""
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
+
 import tyro
+
 
 @dataclass
 class Config:
-    """Train a small GPT. The same line again resumes an unfinished --run-dir; a finished one is left alone."""
-    data: str = "stdlib"  # a file of bytes, a .bin of uint16 token ids, or stdlib: Python's own standard library
-    val_data: str = ""  # validation file; empty: the last tenth of --data
-    vocab_size: int = 256  # number of token ids: 256 for bytes, 50304 for a .bin of GPT-2 tokens
-    seq_len: int = 128  # tokens in a training window
-    batch_size: int = 32  # sequences per optimizer step, over all processes and micro-batches
-    micro_batch_size: int = 0  # sequences per forward pass of a process; 0: its whole share of the batch
+    """Train a small GPT. The same line again resumes an unfinished --run-dir."""
 
+    # data
+    data: str = "stdlib"  # a text, .bin of uint16 ids, or stdlib: Python's source
+    val_data: str = ""  # validation file; empty: the last tenth of --data
+    vocab_size: int = 256  # token ids: 256 for bytes, 50304 for GPT-2's tokens
+    seq_len: int = 128  # tokens in a training window
+    batch_size: int = 32  # sequences per optimizer step, over all processes
+    micro_batch_size: int = 0  # sequences per forward pass of a process; 0: its whole share
+
+    # model
     n_layer: int = 4  # transformer blocks
     n_head: int = 2  # attention heads
     n_embd: int = 128  # width of the residual stream
+    init_from: str = ""  # run directory whose weights a new run begins with
 
-    optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices; embedding and head always take AdamW
+    # optimizer
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the matrices; the rest takes AdamW
     lr: float = 1.5e-2  # peak learning rate, for Muon and AdamW alike
-    weight_decay: float = 0.1  # decoupled: a step scales the matrices by 1 - lr * weight_decay (adamw: 1 - 0.2 * lr * weight_decay)
-    warmup: int = 0  # steps in which the learning rate rises to its peak
-    cooldown: float = 0.5  # final fraction of the run, over which the learning rate falls to 0
+    weight_decay: float = 0.1  # decoupled, of the matrices
+    warmup: int = 0  # steps in which lr rises to its peak
+    cooldown: float = 0.5  # final fraction of the run, in which lr falls to 0
 
+    # loop
     steps: int = 400  # optimizer steps
     log_every: int = 10  # steps between two lines of metrics.jsonl
-    eval_every: int = 50  # steps between two evaluations
-    eval_tokens: int = 32768  # validation tokens in an evaluation, always the same ones
-    save_every: int = 50  # steps between two checkpoints
+    eval_every: int = 50  # steps between two evaluations, each with a checkpoint
+    eval_tokens: int = 32768  # validation tokens in an evaluation, always the same
     sample_tokens: int = 512  # length of the text written at the end
 
-    seed: int = 1337  # of the weights, the batches and the sample
+    # machine
+    seed: int = 1337  # of weights, batches and sample
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best available
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto: bfloat16 where the GPU or the CPU (AMX) has it
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA, if there is a g++
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
 
+    # record
     run_dir: str = ""  # where everything is written; empty: runs/<start time>
-    wandb: Literal["online", "offline", "disabled"] = "offline"  # tracking; offline needs no account
-    wandb_project: str = "gpt"  # wandb's project
-    wandb_group: str = ""  # wandb's group, such as the name of a sweep
+    wandb: Literal["online", "offline", "disabled"] = os.environ.get("WANDB_MODE", "offline")
+    wandb_project: str = os.environ.get("WANDB_PROJECT", "gpt")
+    wandb_group: str = ""  # such as the name of a sweep
 
-    def __post_init__(self):  # a ValueError of one line for nonsense
-        positive = "vocab_size seq_len batch_size n_layer n_head n_embd steps log_every eval_every eval_tokens save_every".split()
-        for name in positive + "micro_batch_size weight_decay warmup sample_tokens seed".split():
-            least = int(name in positive)
-            if not getattr(self, name) >= least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {least} or more")
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"--lr {self.lr}: must be a positive number")
+    def __post_init__(self):
+        positive = [
+            "vocab_size", "seq_len", "batch_size", "n_layer", "n_head", "n_embd",
+            "lr", "steps", "log_every", "eval_every", "eval_tokens",
+        ]  # fmt: skip
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive")
+        for name in ["micro_batch_size", "weight_decay", "warmup", "sample_tokens", "seed"]:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more")
         if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"--cooldown {self.cooldown}: must be between 0 and 1")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"--n-embd {self.n_embd} must be a multiple of twice --n-head {self.n_head}")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"--micro-batch-size {self.micro_batch_size} must divide --batch-size {self.batch_size}")
+            raise ValueError("cooldown must be between 0 and 1")
+        if self.n_embd % (2 * self.n_head) != 0:
+            raise ValueError("n_embd must be a multiple of twice n_head")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size != 0:
+            raise ValueError("micro_batch_size must divide batch_size")
 
-def parse(defaults: Config) -> Config:
-    """The flags of the command line over `defaults`; in a notebook, `defaults` as they are."""
-    if "ipykernel" in sys.modules:
-        return defaults
+    @classmethod
+    def load(cls, run_dir):
+        """The config of an earlier run, as in open_run(Config.load("runs/NAME"))."""
+        path = Path(run_dir).expanduser() / "config.json"
+        try:
+            return cls(**json.loads(path.read_text()) | {"run_dir": str(run_dir)})
+        except (OSError, ValueError, TypeError) as error:
+            sys.exit(f"error: {path} is not a config of this code: {error}")
+
+
+# fields that do not make another experiment: a run resumes with other values of them
+ASIDE = [
+    "run_dir", "wandb", "wandb_project", "wandb_group", "device", "compile", "micro_batch_size",
+    "log_every", "eval_every", "sample_tokens",
+]  # fmt: skip
+
+this_file = Path(__file__).read_text()  # as it is imported
+locks = {}  # the lock files, open until the process ends
+
+
+def open_run(defaults):
+    """The flags over `defaults`, and what is in their run directory: (cfg, run).
+
+    Nothing: a new run. An unfinished run: it resumes. A finished one: a script ends here, a
+    notebook gets its weights. Anything else is an error, at once, before torch is imported.
+    """
+    # a Jupyter kernel has its own command line; %run replaces it by the script's
+    notebook = sys.argv[0].endswith("kernel_launcher.py")
+    if notebook:
+        cfg = defaults
+        script = Path(os.environ.get("JPY_SESSION_NAME", "train.ipynb"))
+        code = {}
+    else:
+        cfg = tyro.cli(type(defaults), default=defaults)
+        script = Path(getattr(sys.modules["__main__"], "__file__", "ipython"))
+        code = {script.name: script.read_text()} if script.exists() else {}
+    code[Path(__file__).name] = this_file
+    command = ["python", *sys.argv]
+    if not cfg.run_dir:
+        cfg.run_dir = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+        command += ["--run-dir", cfg.run_dir]
+    run_dir = Path(cfg.run_dir).expanduser()
+    rank = int(os.environ.get("RANK", 0))
+
+    state = "new"
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as box:
-            return tyro.cli(Config, default=defaults)
-    except SystemExit as stop:  # tyro frames an error in a box of many lines: make it one; --help leaves with code 0
-        sys.exit(stop.code and "error:" + re.sub(r"([╭╮╰╯│─\s]|Error parsing Config:)+", " ", box.getvalue().partition("\n")[2]).rstrip())
+        found = os.listdir(run_dir) if run_dir.exists() else []
+        strange = set(found) - {"lock", "log.txt", "config.json.tmp"}
+        if "config.json" in found:
+            state = "finished" if "result.json" in found else "unfinished"
+        elif strange:
+            sys.exit(f"error: {run_dir} holds {min(strange)}, no run; name another --run-dir")
+        if state != "finished" and rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            locks[run_dir] = locks.get(run_dir) or open(run_dir / "lock", "a")
+            fcntl.lockf(locks[run_dir], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        sys.exit(f"error: {run_dir} is in use or cannot be written: {error}")
+
+    if state != "new":
+        old = vars(type(cfg).load(run_dir))
+        differ = ""
+        for name, value in vars(cfg).items():
+            same = value == old[name] or json.dumps(value) == json.dumps(old[name])
+            if not same and name not in ASIDE:
+                differ += f"{name} is {old[name]!r} there, {value!r} here; "
+        if differ:
+            sys.exit(f"error: {run_dir} is another run: {differ}name another --run-dir")
+        for name, text in code.items():
+            copy = run_dir / name
+            if rank == 0 and copy.exists() and copy.read_text() != text:
+                print(f"note: the code has changed since this run, see {copy}")
+    if state == "finished" and not notebook:
+        result = json.loads((run_dir / "result.json").read_text())
+        name, value = next(iter(result.items()))
+        if rank == 0:
+            print(f"{run_dir} is finished: {name}: {value:.4f}")
+        sys.exit()
+
+    if (run_dir / "meta.json").exists():
+        meta = json.loads((run_dir / "meta.json").read_text())
+    else:
+        here = shlex.quote(str(Path(__file__).parent))
+        git = f"git -C {here} describe --always --dirty --abbrev=40 2> /dev/null"
+        meta = dict(
+            commit=subprocess.getoutput(git),
+            command=shlex.join(command),
+            script=script.name,
+            python=sys.version.split()[0],
+            wandb_id=os.urandom(4).hex(),
+        )
+    run = SimpleNamespace(dir=run_dir, state=state, notebook=notebook, code=code, meta=meta)
+    return cfg, run
+

@@ -1,138 +1,159 @@
 # %% [markdown]
 # # One experiment: a small GPT
-# `train.py` and `train.ipynb` hold the same cells. Shapes: B sequences, T tokens, C channels, H heads of D = C / H, V token ids.
+# Shapes: B sequences, T tokens, C channels, H heads of D = C / H channels, V token ids.
 
 # %%
-# config: flags in the script; in the notebook edit this line instead, as in Config(lr=3e-3, steps=200)
-from config import Config, parse
-cfg = parse(Config())
+# config: flags in the script; in the notebook edit this line, as in Config(lr=3e-3)
+from config import Config, open_run
+
+cfg, run = open_run(Config())
 
 # %%
-# run directory: start it, resume it, or leave it alone. Torch is imported later, so that a mistake costs no time
-import atexit, contextlib, fcntl, io, json, math, os, shlex, shutil, signal, subprocess, sys, time
+# imports
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
 from pathlib import Path
-rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-notebook = "ipykernel" in sys.modules
 
-def fail(message):  # one line on what is wrong and what to do, exit code 1
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # where all processes fail alike, torchrun ends the others
-    time.sleep(5 if local_rank else 0)  # before they repeat it
-    sys.exit(f"error: {message}")
-
-@contextlib.contextmanager
-def or_fail(message, *kinds):  # turns errors of these kinds in its block into `fail`
-    try:
-        yield
-    except kinds as error:
-        fail(f"{message}: {(str(error).strip() or repr(error)).splitlines()[0]}")
-
-cfg.run_dir = cfg.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
-run_dir = Path(cfg.run_dir)
-resumed = (run_dir / "config.json").exists()
-if resumed:
-    with or_fail(f"{run_dir}/config.json is not a run's config; name another --run-dir", ValueError, TypeError):
-        old, new = vars(Config(**json.loads((run_dir / "config.json").read_text()))), vars(cfg)
-    differ = [f"{k} is {old[k]!r} there, {v!r} here" for k, v in new.items() if v not in (old[k], "auto") and k != "run_dir"]
-    if differ:  # but for auto, which means: as the run began
-        fail(f"{run_dir} holds a run of another config ({', '.join(differ)}); name another --run-dir")
-    cfg = Config(**old | {"run_dir": cfg.run_dir})
-    if rank == 0 and not notebook and (run_dir / "train.py").read_bytes() != Path(__file__).read_bytes():
-        print(f"note: the code has changed since this run, see {run_dir}/train.py")
-    if (run_dir / "sample.txt").exists():  # a run's last file
-        last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-        if rank == 0:
-            print(f"{run_dir} is finished: val_loss {last['val_loss']:.4f} after {last['step']} steps")
-        sys.exit()
-
-if rank == 0:
-    with or_fail(f"{run_dir} is in use by another process, or cannot be written; name another --run-dir", OSError):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        metrics_file = open(run_dir / "metrics.jsonl", "a+b", buffering=0)
-        fcntl.lockf(metrics_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock goes with the process, however it ends
-
-def write(name, data):  # bytes to a file of the run directory: beside it, then renamed over, so there is always a whole one
-    with or_fail(f"cannot write {run_dir / name}; make room, and the same line goes on from the last checkpoint", OSError):
-        with open(run_dir / f"{name}.tmp", "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f.name, run_dir / name)
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
 
 # %%
 # device and processes
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import distributed as dist, nn
-from tqdm import tqdm
-mps = torch.mps.is_available() and world_size == 1  # it has no backend for several processes
-cfg.device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-with or_fail(f"--device {cfg.device} is not here: try --device auto, or resume the run where it began", RuntimeError, AssertionError):
-    device = torch.empty(1, device=f"cuda:{local_rank}" if cfg.device == "cuda" else cfg.device).device
-cuda = device.type == "cuda"
-if cuda:
+rank = int(os.environ.get("RANK", 0))  # torchrun or slurm.sbatch sets these three
+local_rank = int(os.environ.get("LOCAL_RANK", 0))
+world_size = int(os.environ.get("WORLD_SIZE", 1))
+
+device_name = cfg.device
+if cfg.device == "auto":
+    device_name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+if device_name == "cuda":
+    device_name = f"cuda:{local_rank}"
+try:
+    device = torch.empty(1, device=device_name).device
+except (RuntimeError, AssertionError) as error:
+    sys.exit(f"error: --device {cfg.device} is not here: {error}")
+on_cuda = device.type == "cuda"
+if on_cuda:
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32, for --dtype float32
-bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_amx_tile_supported()
-cfg.dtype = cfg.dtype.replace("auto", "bfloat16" if bfloat16 else "float32")
-dtype = getattr(torch, cfg.dtype)
-compiler = shutil.which(os.environ.get("CXX", "g++").split()[0])
-cfg.compile = cfg.compile.replace("auto", "on" if cuda and compiler else "off")
-if cfg.compile == "on" and not compiler:
-    fail("--compile on needs a C++ compiler, and there is no g++ here: install it, or use --compile off")
-torch.manual_seed(cfg.seed)
+
+dtype_name = cfg.dtype
+if cfg.dtype == "auto":
+    if on_cuda:
+        fast_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast_bfloat16 = torch.cpu._is_amx_tile_supported()  # other CPUs are slower in bfloat16
+    dtype_name = "bfloat16" if fast_bfloat16 else "float32"
+    dtype_name = run.meta.get("dtype", dtype_name)  # a resumed run goes on as it began
+dtype = getattr(torch, dtype_name)
+
+compiling = cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)
+if compiling:
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as error:  # such as no C++ compiler
+        sys.exit(f"error: torch.compile fails, add --compile off: {error}")
+
+# the processes share the batch, and each takes its share in micro-batches
 micro_batch_size = cfg.micro_batch_size or max(cfg.batch_size // world_size, 1)
 micro_steps = cfg.batch_size // (micro_batch_size * world_size)
-if cfg.batch_size != micro_batch_size * micro_steps * world_size:
-    fail(f"--batch-size {cfg.batch_size} cannot be shared by {world_size} processes in micro-batches of {micro_batch_size}")
+if micro_batch_size * micro_steps * world_size != cfg.batch_size:
+    shares = f"{world_size} processes in micro-batches of {micro_batch_size}"
+    sys.exit(f"error: --batch-size {cfg.batch_size} cannot be shared by {shares}")
+
+torch.manual_seed(cfg.seed)
 if world_size > 1:
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+
+def all_reduce(x, op=dist.ReduceOp.SUM):
+    if world_size > 1:
+        dist.all_reduce(x, op)
+    return x
 
 # %%
 # data: one long row of token ids, memory-mapped
-def open_tokens(name):  # the token ids of a file, (N,) of uint8 or uint16
-    if name == "stdlib":  # the source of Python's standard library, without its tests and tables
-        lib, skip = Path(os.__file__).parent, {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
-        files = sorted(f for top in lib.iterdir() if top.name not in skip for f in [top, *top.rglob("*.py")]
-                       if f.suffix == ".py" and not skip & {*f.relative_to(lib).parts})
-        np.random.default_rng(0).shuffle(files)  # so that the last tenth is like the rest
-        return np.frombuffer(b"".join(f.read_bytes() for f in files), np.uint8)
-    with or_fail(f"cannot read {name} (a .bin holds uint16 token ids, any other file bytes)", OSError, ValueError):
-        return np.memmap(name, np.uint16 if name.endswith(".bin") else np.uint8, mode="r")
+def open_tokens(name):
+    if name == "stdlib":
+        return stdlib_source()
+    try:
+        return np.memmap(name, np.uint16 if name.endswith(".bin") else np.uint8, mode="r")  # (N,)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: cannot read {name} (uint16 ids if .bin, else bytes): {error}")
 
-data = open_tokens(cfg.data)
-train_data, val_data = (data, open_tokens(cfg.val_data)) if cfg.val_data else np.split(data, [len(data) * 9 // 10])
+def stdlib_source():
+    # Python's standard library, without its tests and tables: text on every machine
+    leave_out = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
+    files = []
+    for folder, subfolders, names in os.walk(Path(os.__file__).parent):
+        subfolders[:] = set(subfolders) - leave_out
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort()
+    np.random.default_rng(0).shuffle(files)  # the last tenth is like the rest
+    return np.frombuffer(b"".join(f.read_bytes() for f in files), np.uint8)
+
+train_data = open_tokens(cfg.data)
+if cfg.val_data:
+    val_data = open_tokens(cfg.val_data)
+else:
+    cut = len(train_data) * 9 // 10
+    train_data, val_data = train_data[:cut], train_data[cut:]
 if min(len(train_data), len(val_data)) <= cfg.seq_len:
-    fail(f"{len(train_data)} training and {len(val_data)} validation tokens are too few: --seq-len {cfg.seq_len} needs more of each")
+    sys.exit(f"error: the data has too few tokens for --seq-len {cfg.seq_len}")
 
-def windows(tokens, starts):  # inputs and targets, both (B, T), of the windows that begin at `starts` (B,)
-    ids = torch.from_numpy(tokens[starts[:, None] + np.arange(cfg.seq_len + 1)].astype(np.int64))  # (B, T + 1)
+def get_batch(tokens, offsets):
+    # inputs and targets, both (B, T), of the windows that begin at `offsets` (B,)
+    ids = tokens[offsets[:, None] + np.arange(cfg.seq_len + 1)]  # (B, T + 1)
     if ids.max() >= cfg.vocab_size:
-        fail(f"the data has the token id {ids.max()}, beyond --vocab-size {cfg.vocab_size}")
-    ids = (ids.pin_memory() if cuda else ids).to(device, non_blocking=cuda)  # a copy from pinned memory does not block
+        sys.exit(f"error: token id {ids.max()} in the data, beyond --vocab-size {cfg.vocab_size}")
+    ids = torch.from_numpy(ids.astype(np.int64))
+    if on_cuda:  # a copy from pinned memory goes on beside the computation
+        ids = ids.pin_memory()
+    ids = ids.to(device, non_blocking=on_cuda)
     return ids[:, :-1], ids[:, 1:]
 
-def batch_starts(step):  # a pure function of (seed, step), so that a resumed run sees the same windows
-    starts = np.random.default_rng((cfg.seed, step)).integers(len(train_data) - cfg.seq_len, size=cfg.batch_size)
-    return starts.reshape(world_size, micro_steps, micro_batch_size)[rank]
+def train_offsets(step):
+    # a pure function of (seed, step): a resumed run sees the same
+    rng = np.random.default_rng((cfg.seed, step))
+    offsets = rng.integers(len(train_data) - cfg.seq_len, size=cfg.batch_size)
+    return offsets.reshape(world_size, micro_steps, micro_batch_size)[rank]
 
-n_val = min(max(cfg.eval_tokens // cfg.seq_len, 1), (len(val_data) - 1) // cfg.seq_len)  # always the same windows
-val_starts = np.linspace(0, len(val_data) - 1 - cfg.seq_len, n_val).astype(np.int64)
+# validation: always the same windows, evenly spread
+n_val = max(cfg.eval_tokens // cfg.seq_len, 1)
+n_val = min(n_val, (len(val_data) - 1) // cfg.seq_len)
+val_offsets = np.linspace(0, len(val_data) - 1 - cfg.seq_len, n_val).astype(np.int64)
+
+tokens_per_step = cfg.batch_size * cfg.seq_len
+
+sizes = [len(train_data), len(val_data)]  # by which a resumed run knows its data
 
 # %%
 # model
 def norm(x):
-    return F.layer_norm(x, x.shape[-1:])  # no weights: the next matrix can learn the scale. As good as RMSNorm, and one kernel on the CPU
+    # no weights: the next matrix learns the scale. As good as RMSNorm, one kernel on a CPU
+    return F.layer_norm(x, x.shape[-1:])
 
 D = cfg.n_embd // cfg.n_head
-angle = torch.outer(torch.arange(cfg.seq_len), 10000.0 ** -(torch.arange(0, D, 2) / D))[:, None]  # (T, 1, D / 2)
+frequency = 10000.0 ** -(torch.arange(0, D, 2) / D)
+angle = torch.outer(torch.arange(cfg.seq_len), frequency)[:, None]  # (T, 1, D / 2)
 cos, sin = angle.cos().to(device), angle.sin().to(device)
 
-def rotary(x):  # rotary positions (Su et al., 2021): turn pairs of channels by angles that grow with the position
-    (a, b), T = x.chunk(2, dim=-1), x.size(1)
+def rotary(x):
+    # rotary positions (Su et al., 2021): pairs of channels turn by angles that grow with T
+    T = x.size(1)
+    a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos[:T] + b * sin[:T], b * cos[:T] - a * sin[:T]), dim=-1)
 
-class Linear(nn.Linear):  # float32 weights for the optimizer, the product in `dtype`
+class Linear(nn.Linear):
+    # float32 weights for the optimizer, the product in `dtype`
     def forward(self, x):
         return F.linear(x.to(dtype), self.weight.to(dtype))
 
@@ -146,15 +167,20 @@ class Block(nn.Module):
         nn.init.zeros_(self.attn_out.weight)  # a block begins as the identity
         nn.init.zeros_(self.down.weight)
 
+    def attention(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, cfg.n_head, D).unbind(2)  # (B, T, H, D)
+        q, k = rotary(norm(q)), rotary(norm(k))  # QK-norm (Henry et al., 2020): a high lr
+        attention_dtype = torch.float32 if device.type == "cpu" else dtype  # CPU: slow in bfloat16
+        q, k, v = [z.transpose(1, 2).to(attention_dtype) for z in (q, k, v)]  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        assert y.shape == (B, cfg.n_head, T, D)
+        return self.attn_out(y.transpose(1, 2).reshape(B, T, C))
+
     def forward(self, x):
-        (B, T, C), H = x.shape, cfg.n_head
-        q, k, v = self.qkv(norm(x)).view(B, T, 3, H, D).unbind(2)
-        q, k = rotary(norm(q)), rotary(norm(k))  # QK-norm (Henry et al., 2020): allows a high lr
-        q, k, v = (z.transpose(1, 2).to(torch.float32 if device.type == "cpu" else dtype) for z in (q, k, v))  # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # the CPU is slow at this in bfloat16
-        assert y.shape == (B, H, T, D)
-        x = x + self.attn_out(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.down(F.relu(self.up(norm(x))).square())  # squared ReLU (So et al., 2021)
+        x = x + self.attention(norm(x))
+        h = F.relu(self.up(norm(x))).square()  # squared ReLU (So et al., 2021)
+        return x + self.down(h)
 
 class GPT(nn.Module):
     def __init__(self):
@@ -165,168 +191,291 @@ class GPT(nn.Module):
         self.head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)  # the first loss is ln(V)
 
-    def forward(self, ids, targets=None):  # (B, T): logits of the next token, or with targets (B, T) the mean cross-entropy in nats
+    def forward(self, ids, targets=None):
         x = self.embed(ids)  # (B, T, C)
-        x = norm(x + self.smear * F.pad(x, (0, 0, 1, -1)))  # a learned share of the token before (smear, modded-nanogpt)
+        before = F.pad(x, (0, 0, 1, -1))
+        x = norm(x + self.smear * before)  # a share of the token before (modded-nanogpt)
         for block in self.blocks:
             x = block(x)
         logits = self.head(norm(x)).float()  # (B, T, V)
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # mean, nats per token
 
 model = GPT().to(device)
-train_model = torch.compile(model, dynamic=False) if cfg.compile == "on" else model  # what the loop calls
+train_model = model  # the same weights, as the loop calls them
+if compiling:
+    train_model = torch.compile(train_model, dynamic=False)
 if world_size > 1:
     train_model = nn.parallel.DistributedDataParallel(train_model)
 
 # %%
-# optimizers and learning rate: a group takes `scale` times the rate of the schedule. The constants are the best of a few tried
-matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-others = [p for p in model.parameters() if all(p is not q for q in [*matrices, model.head.weight])]  # embedding, smear, yours
-groups = [dict(params=others, scale=4.0), dict(params=[model.head.weight])]
-if cfg.optimizer == "adamw":
-    groups += [dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay)]
-optimizers = [torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)]
-if cfg.optimizer == "muon":  # Muon (Jordan et al., 2024); match_rms_adamw gives its updates an RMS of 0.2 * lr
-    optimizers += [torch.optim.Muon(matrices, cfg.lr, cfg.weight_decay, momentum=0.8, adjust_lr_fn="match_rms_adamw")]
+# optimizers: a group learns at `scale` times the schedule. Constants: the best of a few tried
+matrices, head, rest = [], [], []
+for name, p in model.named_parameters():
+    if name.startswith("blocks.") and p.ndim == 2:
+        matrices.append(p)
+    elif name == "head.weight":
+        head.append(p)
+    else:  # embedding, smear, and what you add
+        rest.append(p)
 
-def lr_at(step):  # warmup, stable, decay (Hu et al., 2024): up in `warmup` steps, level, and straight down to 0
-    return cfg.lr * min((step + 1) / (cfg.warmup + 1), 1, (cfg.steps - step) / max(cfg.cooldown * cfg.steps, 1))
+groups = [dict(params=rest, scale=4.0), dict(params=head, scale=1.0)]
+if cfg.optimizer == "adamw":
+    groups.append(dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay))
+optimizers = [torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)]
+if cfg.optimizer == "muon":
+    # Muon (Jordan et al., 2024); match_rms_adamw gives its updates an RMS of 0.2 * lr
+    groups = [dict(params=matrices, scale=1.0)]
+    muon = torch.optim.Muon(
+        groups, cfg.lr, cfg.weight_decay, momentum=0.8, adjust_lr_fn="match_rms_adamw"
+    )
+    optimizers.append(muon)
+
+def lr_at(step):
+    # warmup, stable, decay (Hu et al., 2024)
+    up = (step + 1) / (cfg.warmup + 1)
+    down = (cfg.steps - step) / max(cfg.cooldown * cfg.steps, 1)
+    return cfg.lr * min(up, 1, down)
 
 # %%
-# where the run stands: its checkpoint, and the two places its numbers go to, metrics.jsonl and wandb
-start, seconds, tracker = 0, 0.0, None  # updates done, seconds of training, wandb's run
-if resumed and (run_dir / "checkpoint.pt").exists():
-    with or_fail(f"{run_dir}/checkpoint.pt is damaged or of another model; delete it to start again from step 0", Exception):
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        start, seconds = checkpoint["step"], checkpoint["seconds"]
-if rank == 0:
-    metrics_file.seek(0)  # through this file only: to close another of the same name would give up the lock
-    rows = metrics_file.read().splitlines(keepends=True)  # drop those after the checkpoint, and a torn one: they come again
-    metrics_file.truncate(sum(len(row) for row in rows if row.endswith(b"\n") and json.loads(row)["step"] < start))
-    if not resumed:
-        commit = subprocess.getoutput(f"git -C '{Path(sys.modules['config'].__file__).parent}' rev-parse --verify HEAD 2>/dev/null")
-        meta = dict(commit=commit, command=shlex.join(sys.argv), torch=torch.__version__, wandb_id=os.urandom(4).hex())
-        write("meta.json", json.dumps(meta, indent=2).encode())
-    write("train.py", "\n\n".join(In).encode() if notebook else Path(__file__).read_bytes())  # In: the cells as run
-    write("config.py", Path(sys.modules["config"].__file__).read_bytes())
+# the record: what a run writes, and how it resumes. An experiment seldom touches this
+recording = rank == 0 and run.state != "finished"  # a finished run is only looked at
+updates, seconds = 0, 0.0  # optimizer steps, seconds of training
+tracker = None  # wandb's run
+
+def write(name, data):
+    # beside the file, then renamed over it: there is always a whole one
+    path = run.dir / name
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f.name, path)
+    except OSError as error:
+        sys.exit(f"error: cannot write {path}: {error}")
+
+def save():
+    if not recording:
+        return
+    state = dict(model=model.state_dict(), updates=updates, seconds=seconds)
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    buffer = io.BytesIO()  # in memory first: a full disk is then an OSError
+    torch.save(state, buffer)
+    write("checkpoint.pt", buffer.getvalue())
+    write_cells()
+
+def write_cells():
+    if run.notebook:  # Jupyter's list of the cells that ran, the loop's among them
+        write(Path(run.meta["script"]).stem + ".py", "\n\n".join(In).encode())
+
+def track(method, *args, **kwargs):
+    # whatever is wrong with wandb, the run goes on
+    global tracker
+    try:
+        if tracker:
+            getattr(tracker, method)(*args, **kwargs)
+    except Exception as error:
+        tqdm.write(f"note: wandb failed, training goes on: {error}")
+        tracker = None
+
+def log(row):
+    if recording:
+        metrics_file.write(json.dumps(row).encode() + b"\n")
+        metrics_file.flush()
+        track("log", row, step=row["step"])
+
+def check_finite(values, step):
+    if not all(math.isfinite(value) for value in values.values()):
+        log(dict(step=step, train_loss=None))  # how plot.ipynb knows: JSON has no NaN
+        sys.exit(f"error: not finite at step {step}: {values}; try an --lr below {cfg.lr:g}")
+
+if run.state == "unfinished" and run.meta.get("data", sizes) != sizes:
+    sys.exit(f"error: {run.dir} is a run on other data; name another --run-dir")
+path = run.dir / "checkpoint.pt"
+resuming = path.exists() or run.state == "finished"
+if not resuming and cfg.init_from:
+    path = Path(cfg.init_from).expanduser() / "checkpoint.pt"
+if resuming or cfg.init_from:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        sys.exit(f"error: cannot read {path}: {error}")
+    model.load_state_dict(checkpoint["model"])
+if resuming:
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+        optimizer.load_state_dict(state)
+    updates, seconds = checkpoint["updates"], checkpoint["seconds"]
+
+if recording:
     write("config.json", json.dumps(vars(cfg), indent=2).encode())
-    if cfg.wandb != "disabled":
+    run.meta |= dict(torch=torch.__version__, data=sizes)
+    run.meta |= dict(device=str(device), dtype=dtype_name, compile=compiling)
+    write("meta.json", json.dumps(run.meta, indent=2).encode())
+    for name, text in run.code.items():
+        write(name, text.encode())
+
+    # keep the rows before the checkpoint; later ones, and a torn one, come again
+    metrics_file = open(run.dir / "metrics.jsonl", "a+b")
+    metrics_file.seek(0)
+    kept = 0
+    for line in metrics_file:
+        if not line.endswith(b"\n") or json.loads(line)["step"] >= updates:
+            break
+        kept += len(line)
+    metrics_file.truncate(kept)
+
+if recording and cfg.wandb != "disabled":
+    try:
         import wandb
-        with or_fail("wandb does not start; --wandb offline needs no account and no network", Exception):
-            wandb_id = json.loads((run_dir / "meta.json").read_text())["wandb_id"]  # a resumed run goes on under its id
-            tracker = wandb.init(mode=cfg.wandb, project=cfg.wandb_project, group=cfg.wandb_group or None, name=run_dir.name,
-                                 id=wandb_id, resume="allow", config=vars(cfg), settings=wandb.Settings(silent=True, console="off"))
+
+        tracker = wandb.init(
+            mode=cfg.wandb,
+            project=cfg.wandb_project,
+            group=cfg.wandb_group or None,
+            name=run.dir.name,
+            id=run.meta["wandb_id"],
+            resume="allow",  # a resumed run goes on under its id
+            config=vars(cfg),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except Exception as error:
+        print(f"note: wandb failed, training goes on: {error}")
 
 # %%
 # loop
 @torch.no_grad()
-def evaluate():  # mean cross-entropy of the validation windows in nats a token, the work shared among the processes
+def evaluate():
+    # measures by name, the one that matters first. The processes share the windows
     total = torch.zeros((), device=device)
-    for i in range(rank * micro_batch_size, len(val_starts), world_size * micro_batch_size):
-        starts = val_starts[i : i + micro_batch_size]
-        total += model(*windows(val_data, starts)) * len(starts)
-    if world_size > 1:
-        dist.all_reduce(total)
-    return total.item() / len(val_starts)
+    for i in range(rank * micro_batch_size, n_val, world_size * micro_batch_size):
+        offsets = val_offsets[i : i + micro_batch_size]
+        inputs, targets = get_batch(val_data, offsets)
+        total += model(inputs, targets) * len(offsets)
+    return dict(val_loss=all_reduce(total).item() / n_val)
 
-stop_signals = []  # Ctrl-C, kill, a cluster's warning: the loop finishes its step, saves and stops
-handlers = {n: signal.signal(n, lambda number, frame: stop_signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-plain = not (notebook or sys.stderr.isatty())  # a log file: lines instead of a bar
-tokens_per_step, val_loss, clock = cfg.batch_size * cfg.seq_len, math.nan, time.perf_counter()
-bar = tqdm(total=cfg.steps * tokens_per_step, initial=start * tokens_per_step, unit=" tokens", unit_scale=True,
-           file=open(os.devnull, "w") if plain or rank > 0 else None,
-           bar_format="{l_bar}" + "{bar:20}| " * (not plain) + "{elapsed}<{remaining}, {rate_fmt}{postfix}")
-atexit.register(bar.close)  # also when the run fails
-for step in range(start, cfg.steps + 1):
-    # loss and gradient of batch `step`, at the weights after `step` updates
-    model.zero_grad()
-    train_loss = torch.zeros((), device=device)
-    for i, starts in enumerate(batch_starts(step)):
-        train_model.require_backward_grad_sync = i == micro_steps - 1  # processes exchange gradients once a step
-        loss = train_model(*windows(train_data, starts)) / micro_steps
-        loss.backward()
-        train_loss += loss.detach()
+stop_signal = 0  # Ctrl-C, kill, Slurm's warning: the loop finishes its step, saves and stops
 
-    # log, evaluate, save: at the same weights, so only those with a finite loss are saved
-    stopping, done = max(stop_signals, default=0), step == cfg.steps
-    if world_size > 1:  # a signal finds the processes at different steps: they stop together
-        dist.all_reduce(flag := torch.tensor(stopping), dist.ReduceOp.MAX)
-        stopping = flag.item()
-    evaluating = step % cfg.eval_every == 0 or done
-    saving = step % cfg.save_every == 0 and step > start or done or stopping
-    if step % cfg.log_every == 0 or evaluating or saving:
-        if world_size > 1:
-            dist.all_reduce(train_loss)
-        train_loss = train_loss.item() / world_size  # .item() waits for the device, so the clock is right
-        seconds += time.perf_counter() - clock
-        finite = math.isfinite(train_loss)
-        row = dict(step=step, tokens=step * tokens_per_step, seconds=seconds, train_loss=train_loss if finite else None, lr=lr_at(step))
-        if evaluating and finite:
-            val_loss = row["val_loss"] = evaluate()
-        if rank == 0:
-            with or_fail(f"cannot write {run_dir}/metrics.jsonl; make room, and the same line goes on", OSError):
-                if metrics_file.write(line := json.dumps(row).encode() + b"\n") < len(line):
-                    raise OSError("the disk took a part of a line")
-        try:
-            if tracker:
-                tracker.log(row, step=step)
-        except Exception as error:  # no network, no disk
-            tqdm.write(f"wandb failed, training goes on without it: {error}")
-            tracker = None
-        if not finite:
-            fail(f"the loss is not finite at step {step}: try an --lr below {cfg.lr:g}. {run_dir} keeps its last checkpoint")
-        if saving and rank == 0:  # all that the next step depends on
-            state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, seconds=seconds)
-            torch.save(state, buffer := io.BytesIO())  # in memory first: a full disk is then a plain OSError
-            write("checkpoint.pt", buffer.getvalue())
-        bar.set_postfix_str(f"step {step}/{cfg.steps}, loss {train_loss:.3f}, val {val_loss:.3f}")
-        if plain and rank == 0:
-            print(bar, flush=True)
+def on_signal(number, frame):
+    global stop_signal
+    stop_signal = number
+
+handlers = {}
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    handlers[number] = signal.signal(number, on_signal)
+
+todo = range(updates, cfg.steps + 1) if run.state != "finished" else []
+interactive = run.notebook or sys.stderr.isatty()  # a log file gets lines instead of a bar
+hidden = not (recording and interactive)
+bar = tqdm(initial=updates, total=cfg.steps, disable=hidden)
+measures, stop, clock = {}, 0, time.perf_counter()
+
+for step in todo:
+    row = dict(step=step, tokens=step * tokens_per_step, lr=lr_at(step))
+    last = step == cfg.steps
+    if not last:  # a signal finds the processes at different steps: they stop together
+        stop = all_reduce(torch.tensor(stop_signal), dist.ReduceOp.MAX).item()
+
+    # the weights after `step` updates: evaluate, and save them if all measures are finite
+    evaluating = step % cfg.eval_every == 0 or last or stop
+    if evaluating:
+        if on_cuda:
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - clock  # of training only
+        measures = evaluate()
+        row |= measures | dict(seconds=seconds)
+        check_finite(measures, step)
+        save()
         clock = time.perf_counter()
-    if done or stopping:
+    if last:
+        log(row)
+    if last or stop:
         break
 
+    # one step: the loss and its gradient over the micro-batches, then the update
+    model.zero_grad()
+    train_loss = torch.zeros((), device=device)
+    for i, offsets in enumerate(train_offsets(step)):
+        if world_size > 1:  # processes exchange gradients once a step
+            train_model.require_backward_grad_sync = i == micro_steps - 1
+        inputs, targets = get_batch(train_data, offsets)
+        loss = train_model(inputs, targets) / micro_steps
+        loss.backward()
+        train_loss += loss.detach()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group.get("scale", 1.0) * lr_at(step)
+            group["lr"] = group["scale"] * lr_at(step)
         optimizer.step()
-    bar.update(tokens_per_step)
+    updates = step + 1
+
+    # report
+    bar.update()
+    if step % cfg.log_every == 0 or evaluating:
+        row["train_loss"] = all_reduce(train_loss).item() / world_size
+        row["seconds"] = seconds + time.perf_counter() - clock
+        check_finite(dict(train_loss=row["train_loss"]), step)
+        log(row)
+        text = f"loss {row['train_loss']:.3f}"
+        for name, value in measures.items():
+            text += f", {name} {value:.3f}"
+        bar.set_postfix_str(text)
+        if recording and not interactive:
+            print(f"step {step}/{cfg.steps}, {text}", flush=True)
+
 bar.close()
-start = step  # in a notebook, this cell again goes on from here
-if world_size > 1:  # together: a process that leaves early makes the others abort
-    dist.barrier()
-    dist.destroy_process_group()
 for number, handler in handlers.items():
     signal.signal(number, handler)
-if not done:
-    again = shlex.join(["python", *sys.argv, "--run-dir", cfg.run_dir]) if not notebook else f"this cell, or run_dir={cfg.run_dir!r}"
+if world_size > 1:
+    dist.barrier()
+    dist.destroy_process_group()
+if stop:
     if rank == 0:
-        print(f"stopped by {signal.Signals(stopping).name} at step {step}, saved. To resume: {again}")
-    sys.exit(128 + stopping if rank == 0 else 0)  # torchrun ends the others when one fails: rank 0 may finish wandb
+        print(f"stopped by {signal.Signals(stop).name} at step {step}, saved. To resume:")
+        print("this cell again" if run.notebook else run.meta["command"])
+    # under torchrun the first failure ends the others: rank 0 may finish wandb
+    sys.exit(128 + stop if rank == 0 else 0)
 
 # %%
-# sample: what the model writes, and the result
-if rank == 0:
+# a sample: what the model writes
+if recording and cfg.sample_tokens > 0:
     torch.manual_seed(cfg.seed)
     ids = torch.tensor([[int(val_data[0])]], device=device)  # (1, T)
     for _ in range(cfg.sample_tokens):
         with torch.no_grad():
             logits = model(ids[:, -cfg.seq_len :])[0, -1]  # (V,)
-        ids = torch.cat((ids, torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1)[None]), dim=1)  # temperature 0.8
-    ids = ids[0, 1:].tolist()
-    sample = " ".join(map(str, ids)) if cfg.data.endswith(".bin") else bytes(i for i in ids if i < 256).decode(errors="replace")
-    write("sample.txt" if done else "sample-unfinished.txt", sample.encode())
-    if tracker:
-        tracker.summary["sample"] = sample
-        tracker.finish()
-    print(f"\n{sample}\n\n---\nval_loss: {val_loss:.4f}\nsteps: {step}\ntokens: {row['tokens']}\ntrain_seconds: {seconds:.1f}\n"
-          f"tokens_per_second: {row['tokens'] / seconds:.0f}\nparameters: {sum(p.numel() for p in model.parameters())}\nrun_dir: {run_dir}")
+        probabilities = F.softmax(logits / 0.8, dim=-1)  # temperature 0.8
+        next_id = torch.multinomial(probabilities, 1)
+        ids = torch.cat((ids, next_id[None]), dim=1)
+    sample = ids[0, 1:].tolist()
+    if train_data.dtype == np.uint8:
+        sample = bytes(sample).decode(errors="replace")
+    write("sample.txt", str(sample).encode())
+    track("log", dict(sample=str(sample)), step=step)
+    print(sample)
 
 # %%
-# the loss curve, in the notebook
-if notebook:
+# the result
+if recording:
+    result = measures | dict(
+        steps=step,
+        tokens=step * tokens_per_step,
+        train_seconds=seconds,
+        tokens_per_second=step * tokens_per_step / seconds,
+        parameters=sum(p.numel() for p in model.parameters()),
+        run_dir=str(run.dir),
+    )
+    write_cells()
+    write("result.json", json.dumps(result, indent=2).encode())  # the run is finished
+    print("---")
+    for name, value in result.items():
+        print(f"{name}: {value}")
+    track("finish")
+
+# %%
+# the curves, in the notebook
+if run.notebook:
     import pandas as pd
-    pd.read_json(run_dir / "metrics.jsonl", lines=True).interpolate().plot("step", ["train_loss", "val_loss"], ylabel="nats per token")
+
+    metrics = pd.read_json(run.dir / "metrics.jsonl", lines=True).interpolate()
+    metrics.drop(columns=["tokens", "seconds", "lr"]).plot("step")
