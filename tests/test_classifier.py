@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -13,13 +12,16 @@ from test_train import (  # noqa: F401 (workdir is a fixture)
     has_rows,
     kill,
     metrics,
+    refused,
     start,
+    train,
     trained,
     wait_until,
     workdir,
+    write_text,
 )
 
-SMALL = ["--steps", "60", "--batch-size", "64", "--lr", "1e-2", "--script-of", "mine"]
+FLAGS = ["--steps", 60, "--batch-size", 64, "--warmup", 0, "--lr", 1e-2, "--noise", 0.05]
 
 
 @pytest.fixture
@@ -30,5 +32,59 @@ def mine(workdir):  # noqa: F811
     patch = ROOT / "tests/classifier.patch"
     assert patch.read_text().count("\n@@ ") <= 10
     subprocess.run(["patch", "-s", "train.py", "-o", "mine.py", patch], check=True)
-    Path("data.txt").unlink()
+    Path("data.txt").unlink()  # it needs no text
     return Path("mine.py")
+
+
+def test_classifier_trains_resumes_and_equals_itself_in_two_processes(mine):
+    one = trained(*FLAGS, "--run-dir", "one", script=mine)
+    assert "note:" not in one.out
+    result = json.loads(Path("one/result.json").read_text())
+    assert list(result)[:2] == ["accuracy", "val_loss"]
+    assert metrics("one")[0]["accuracy"] < 0.5 < result["accuracy"]
+    assert "step 40/60, loss" in one.out and ", accuracy 0." in one.out
+    assert json.loads(Path("one/config.json").read_text())["noise"] == 0.05
+    assert json.loads(Path("one/meta.json").read_text())["script"] == "mine.py"
+    assert Path("one/mine.py").read_text() == mine.read_text()
+    assert not Path("one/train.py").exists()
+    again = trained(*FLAGS, "--run-dir", "one", script=mine)
+    assert f"one is finished: accuracy: {result['accuracy']:.4f}" in again.out
+    other = train(*FLAGS, "--run-dir", "one", "--classes", 3, script=mine)
+    refused(other, "classes is 5 there, 3 here")
+
+    killed = start(*FLAGS, "--run-dir", "killed", script=mine)
+    wait_until(killed, lambda: has_rows("killed", 22))
+    kill(killed)
+    trained(*FLAGS, "--run-dir", "killed", script=mine)
+    assert metrics("killed") == metrics("one")
+
+    trained(*FLAGS, "--run-dir", "two", script=mine, launcher=TWO_PROCESSES)
+    for row, other in zip(metrics("two"), metrics("one"), strict=True):
+        # rounding, which training amplifies, and which moves some of the 2,000 points
+        assert row == pytest.approx(other, rel=1e-3, abs=4e-3)
+
+
+def test_own_copy_of_config_with_a_field_of_any_type(mine):
+    """Flags of its own in a copy of config.py: a tuple, a bool and a number or None resume."""
+    text = Path("config.py").read_text().replace(
+        "    # loop\n",
+        "    betas: tuple[float, float] = (0.8, 0.95)  # of AdamW\n"
+        "    nesterov: bool = True\n"
+        "    clip: float | None = None  # largest norm of the gradient\n",
+    )
+    Path("mine_config.py").write_text(text)
+    script = Path("train.py").read_text()
+    script = script.replace("from config import", "from mine_config import")
+    Path("mine.py").write_text(script.replace("betas=(0.8, 0.95)", "betas=cfg.betas"))
+    write_text()
+    flags = ["--run-dir", "run", "--betas", 0.7, 0.9, "--no-nesterov", "--clip", 1]
+    killed = start(*flags, script="mine.py")
+    wait_until(killed, lambda: has_rows("run", 12))
+    kill(killed)
+    trained(*flags, script="mine.py")
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["betas"] == [0.7, 0.9]
+    assert config["nesterov"] is False
+    assert config["clip"] == 1
+    assert Path("run/mine_config.py").read_text() == text
+    refused(train(*flags[:2], script="mine.py"), "clip is 1.0 there, None here")
