@@ -2,6 +2,7 @@
 
 A new flag is a new line in Config; its comment is its --help.
 """
+import errno
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ class Config:
     """Train a small GPT. The same line again resumes an unfinished --run-dir."""
 
     # data
-    data: str = "stdlib"  # a text, .bin of uint16 ids, or stdlib: Python's source
+    data: str = "stdlib"  # a text, token ids (.npy, .bin), or stdlib: Python's source
     val_data: str = ""  # validation file; empty: the last tenth of --data
     vocab_size: int = 256  # token ids: 256 for bytes, 50304 for GPT-2's tokens
     seq_len: int = 128  # tokens in a training window
@@ -70,8 +71,8 @@ class Config:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive")
         for name in ["micro_batch_size", "weight_decay", "warmup", "sample_tokens", "seed"]:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more")
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} must be 0 or more, and below 2**63")
         if not 0 <= self.cooldown <= 1:
             raise ValueError("cooldown must be between 0 and 1")
         if self.n_embd % (2 * self.n_head) != 0:
@@ -112,6 +113,7 @@ def open_run(defaults):
         script = Path(os.environ.get("JPY_SESSION_NAME", "train.ipynb"))
         code = {}
     else:
+        sys.stdout.reconfigure(errors="replace")  # not every terminal knows UTF-8
         cfg = tyro.cli(type(defaults), default=defaults)
         script = Path(getattr(sys.modules["__main__"], "__file__", "ipython"))
         code = {script.name: script.read_text()} if script.exists() else {}
@@ -122,6 +124,13 @@ def open_run(defaults):
         command += ["--run-dir", cfg.run_dir]
     run_dir = Path(cfg.run_dir).expanduser()
     rank = int(os.environ.get("RANK", 0))
+    if "WORLD_SIZE" in os.environ and "RANK" not in os.environ:
+        sys.exit("error: WORLD_SIZE is set, but no launcher set RANK: unset it, or use torchrun")
+    for name, value in vars(cfg).items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            sys.exit(f"error: config.json cannot hold the field {name} of Config: {error}")
 
     state = "new"
     try:
@@ -133,10 +142,9 @@ def open_run(defaults):
             sys.exit(f"error: {run_dir} holds {min(strange)}, no run; name another --run-dir")
         if state != "finished" and rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
-            locks[run_dir] = locks.get(run_dir) or open(run_dir / "lock", "a")
-            fcntl.lockf(locks[run_dir], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(run_dir / "lock")
     except OSError as error:
-        sys.exit(f"error: {run_dir} is in use or cannot be written: {error}")
+        sys.exit(f"error: cannot write to --run-dir {run_dir}: {error}")
 
     if state != "new":
         old = vars(type(cfg).load(run_dir))
@@ -168,8 +176,20 @@ def open_run(defaults):
             command=shlex.join(command),
             script=script.name,
             python=sys.version.split()[0],
-            wandb_id=os.urandom(4).hex(),
+            began=time.time(),
         )
     run = SimpleNamespace(dir=run_dir, state=state, notebook=notebook, code=code, meta=meta)
+    run.begun = False  # until the record cell: one open_run is for one run
     return cfg, run
 
+
+
+def lock(path):
+    """Keep other processes out until this one ends, where the disk has locks."""
+    locks[path] = locks.get(path) or open(path, "a")
+    try:
+        fcntl.lockf(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            sys.exit(f"error: {path.parent} is in use by another process")
+        print(f"note: this disk has no locks ({error}); start no second process in {path.parent}")

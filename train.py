@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,11 @@ compiling = cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)
 if compiling:
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception as error:  # such as no C++ compiler
-        sys.exit(f"error: torch.compile fails, add --compile off: {error}")
+    except Exception as error:  # no C++ compiler, no Python.h, an old card, ...
+        if cfg.compile == "on":
+            sys.exit(f"error: torch.compile fails, add --compile off: {error}")
+        print(f"note: torch.compile fails here, so the run is slower: {error}")
+        compiling = False
 
 # the processes share the batch, and each takes its share in micro-batches
 micro_batch_size = cfg.micro_batch_size or max(cfg.batch_size // world_size, 1)
@@ -82,12 +86,38 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
 # %%
 # data: one long row of token ids, memory-mapped
 def open_tokens(name):
-    if name == "stdlib":
-        return stdlib_source()
+    # (N,) ids: .npy of any integers, .bin of uint16 or with llm.c's header, else a text's bytes
+    path = Path(name).expanduser()
     try:
-        return np.memmap(name, np.uint16 if name.endswith(".bin") else np.uint8, mode="r")  # (N,)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: cannot read {name} (uint16 ids if .bin, else bytes): {error}")
+        if name == "stdlib":
+            tokens = stdlib_source()
+        elif path.suffix.lower() == ".npy":
+            tokens = np.load(path, mmap_mode="r")
+        elif path.suffix.lower() == ".bin":
+            tokens = open_bin(path)
+        else:
+            tokens = np.memmap(path, np.uint8, mode="r")
+        largest = np.iinfo(tokens.dtype).max  # a ValueError if these are no integers
+    except (OSError, ValueError, IndexError) as error:
+        sys.exit(f"error: cannot read {name} as token ids: {error}")
+    if tokens.ndim != 1:
+        sys.exit(f"error: {name} has the shape {tokens.shape}, it must be one row of token ids")
+    if cfg.vocab_size > largest + 1:
+        what = f"{name} is read as {tokens.dtype} ids, none above {largest}"
+        sys.exit(f"error: {what}: --vocab-size {cfg.vocab_size} is for other data")
+    return tokens
+
+def open_bin(path):
+    # the header is 256 int32: what follows it, a version, how many ids
+    header = np.fromfile(path, np.int32, count=256)
+    if header[0] == 20240520:  # llm.c and modded-nanogpt, GPT-2's ids
+        return np.memmap(path, np.uint16, mode="r", offset=1024, shape=header[2])
+    if header[0] == 20240801:  # llm.c, Llama 3's ids
+        return np.memmap(path, np.uint32, mode="r", offset=1024, shape=header[2])
+    tokens = np.memmap(path, np.uint16, mode="r")  # nanoGPT
+    if tokens[:2000:2].any() and not tokens[1:2000:2].any():
+        raise ValueError("every second uint16 is 0, so these are wider ids; save them as .npy")
+    return tokens
 
 def stdlib_source():
     # Python's standard library, without its tests and tables: text on every machine
@@ -112,7 +142,7 @@ if min(len(train_data), len(val_data)) <= cfg.seq_len:
 def get_batch(tokens, offsets):
     # inputs and targets, both (B, T), of the windows that begin at `offsets` (B,)
     ids = tokens[offsets[:, None] + np.arange(cfg.seq_len + 1)]  # (B, T + 1)
-    if ids.max() >= cfg.vocab_size:
+    if ids.min() < 0 or ids.max() >= cfg.vocab_size:
         sys.exit(f"error: token id {ids.max()} in the data, beyond --vocab-size {cfg.vocab_size}")
     ids = torch.from_numpy(ids.astype(np.int64))
     if on_cuda:  # a copy from pinned memory goes on beside the computation
@@ -133,7 +163,10 @@ val_offsets = np.linspace(0, len(val_data) - 1 - cfg.seq_len, n_val).astype(np.i
 
 tokens_per_step = cfg.batch_size * cfg.seq_len
 
-sizes = [len(train_data), len(val_data)]  # by which a resumed run knows its data
+# how a resumed run knows its data: the sizes, and a checksum of some 10,000 ids
+some_ids = train_data[:: len(train_data) // 10_000 + 1]
+checksum = zlib.crc32(some_ids.tobytes())
+fingerprint = [len(train_data), len(val_data), checksum]
 
 # %%
 # model
@@ -240,6 +273,9 @@ def lr_at(step):
 
 # %%
 # the record: what a run writes, and how it resumes. An experiment seldom touches this
+if run.begun:
+    sys.exit("error: this run has begun already; run the config cell again, and all below it")
+run.begun = True
 recording = rank == 0 and run.state != "finished"  # a finished run is only looked at
 updates, seconds = 0, 0.0  # optimizer steps, seconds of training
 tracker = None  # wandb's run
@@ -291,7 +327,7 @@ def check_finite(values, step):
         log(dict(step=step, train_loss=None))  # how plot.ipynb knows: JSON has no NaN
         sys.exit(f"error: not finite at step {step}: {values}; try an --lr below {cfg.lr:g}")
 
-if run.state == "unfinished" and run.meta.get("data", sizes) != sizes:
+if run.state == "unfinished" and run.meta.get("data", fingerprint) != fingerprint:
     sys.exit(f"error: {run.dir} is a run on other data; name another --run-dir")
 path = run.dir / "checkpoint.pt"
 resuming = path.exists() or run.state == "finished"
@@ -310,7 +346,7 @@ if resuming:
 
 if recording:
     write("config.json", json.dumps(vars(cfg), indent=2).encode())
-    run.meta |= dict(torch=torch.__version__, data=sizes)
+    run.meta |= dict(torch=torch.__version__, data=fingerprint)
     run.meta |= dict(device=str(device), dtype=dtype_name, compile=compiling)
     write("meta.json", json.dumps(run.meta, indent=2).encode())
     for name, text in run.code.items():
@@ -321,7 +357,7 @@ if recording:
     metrics_file.seek(0)
     kept = 0
     for line in metrics_file:
-        if not line.endswith(b"\n") or json.loads(line)["step"] >= updates:
+        if not line.endswith(b"}\n") or json.loads(line)["step"] >= updates:
             break
         kept += len(line)
     metrics_file.truncate(kept)
@@ -330,16 +366,19 @@ if recording and cfg.wandb != "disabled":
     try:
         import wandb
 
+        # a resumed run goes on under its id, a copy of its folder gets another
+        wandb_id = zlib.crc32(f"{run.dir.resolve()} {run.meta['began']}".encode())
         tracker = wandb.init(
             mode=cfg.wandb,
             project=cfg.wandb_project,
             group=cfg.wandb_group or None,
             name=run.dir.name,
-            id=run.meta["wandb_id"],
-            resume="allow",  # a resumed run goes on under its id
+            id=f"{wandb_id:08x}",
+            resume="allow",
             config=vars(cfg),
             settings=wandb.Settings(silent=True, console="off"),
         )
+        print(f"wandb {cfg.wandb}: {Path(tracker.dir).parent}")
     except Exception as error:
         print(f"note: wandb failed, training goes on: {error}")
 
@@ -452,7 +491,8 @@ if recording and cfg.sample_tokens > 0:
         sample = bytes(sample).decode(errors="replace")
     write("sample.txt", str(sample).encode())
     track("log", dict(sample=str(sample)), step=step)
-    print(sample)
+    shown = [c if c.isprintable() or c in "\n\t" else "?" for c in str(sample)]
+    print("".join(shown))
 
 # %%
 # the result
