@@ -51,8 +51,11 @@ dtype_name = cfg.dtype
 if cfg.dtype == "auto":
     if on_cuda:
         fast_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast_bfloat16 = torch.cpu._is_amx_tile_supported()  # other CPUs are slower in bfloat16
+    elif hasattr(torch.cpu, "get_capabilities"):
+        has = torch.cpu.get_capabilities()  # other CPUs are many times slower in bfloat16
+        fast_bfloat16 = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+    else:  # an older torch
+        fast_bfloat16 = torch.cpu._is_amx_tile_supported()
     dtype_name = "bfloat16" if fast_bfloat16 else "float32"
     dtype_name = run.meta.get("dtype", dtype_name)  # a resumed run goes on as it began
 dtype = getattr(torch, dtype_name)
@@ -115,7 +118,9 @@ def open_bin(path):
     if header[0] == 20240801:  # llm.c, Llama 3's ids
         return np.memmap(path, np.uint32, mode="r", offset=1024, shape=header[2])
     tokens = np.memmap(path, np.uint16, mode="r")  # nanoGPT
-    if tokens[:2000:2].any() and not tokens[1:2000:2].any():
+    even = tokens[:2000:2]
+    odd = tokens[1:2000:2]
+    if even.any() and not odd.any():
         raise ValueError("every second uint16 is 0, so these are wider ids; save them as .npy")
     return tokens
 
@@ -157,9 +162,11 @@ def train_offsets(step):
     return offsets.reshape(world_size, micro_steps, micro_batch_size)[rank]
 
 # validation: always the same windows, evenly spread
+most = (len(val_data) - 1) // cfg.seq_len
 n_val = max(cfg.eval_tokens // cfg.seq_len, 1)
-n_val = min(n_val, (len(val_data) - 1) // cfg.seq_len)
-val_offsets = np.linspace(0, len(val_data) - 1 - cfg.seq_len, n_val).astype(np.int64)
+n_val = min(n_val, most)
+last_offset = len(val_data) - 1 - cfg.seq_len
+val_offsets = np.linspace(0, last_offset, n_val).astype(np.int64)
 
 tokens_per_step = cfg.batch_size * cfg.seq_len
 
@@ -176,14 +183,18 @@ def norm(x):
 
 D = cfg.n_embd // cfg.n_head
 frequency = 10000.0 ** -(torch.arange(0, D, 2) / D)
-angle = torch.outer(torch.arange(cfg.seq_len), frequency)[:, None]  # (T, 1, D / 2)
-cos, sin = angle.cos().to(device), angle.sin().to(device)
+positions = torch.arange(cfg.seq_len)
+angle = torch.outer(positions, frequency)[:, None]  # (T, 1, D / 2)
+cos = angle.cos().to(device)
+sin = angle.sin().to(device)
 
 def rotary(x):
     # rotary positions (Su et al., 2021): pairs of channels turn by angles that grow with T
     T = x.size(1)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos[:T] + b * sin[:T], b * cos[:T] - a * sin[:T]), dim=-1)
+    a, b = x.chunk(2, dim=-1)  # (B, T, H, D / 2)
+    turned_a = a * cos[:T] + b * sin[:T]
+    turned_b = b * cos[:T] - a * sin[:T]
+    return torch.cat((turned_a, turned_b), dim=-1)
 
 class Linear(nn.Linear):
     # float32 weights for the optimizer, the product in `dtype`
@@ -203,9 +214,12 @@ class Block(nn.Module):
     def attention(self, x):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, cfg.n_head, D).unbind(2)  # (B, T, H, D)
-        q, k = rotary(norm(q)), rotary(norm(k))  # QK-norm (Henry et al., 2020): a high lr
+        q = rotary(norm(q))  # QK-norm (Henry et al., 2020): a high lr
+        k = rotary(norm(k))
         attention_dtype = torch.float32 if device.type == "cpu" else dtype  # CPU: slow in bfloat16
-        q, k, v = [z.transpose(1, 2).to(attention_dtype) for z in (q, k, v)]  # (B, H, T, D)
+        q = q.transpose(1, 2).to(attention_dtype)  # (B, H, T, D)
+        k = k.transpose(1, 2).to(attention_dtype)
+        v = v.transpose(1, 2).to(attention_dtype)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         assert y.shape == (B, cfg.n_head, T, D)
         return self.attn_out(y.transpose(1, 2).reshape(B, T, C))
@@ -244,6 +258,39 @@ if world_size > 1:
 
 # %%
 # optimizers: a group learns at `scale` times the schedule. Constants: the best of a few tried
+class Muon(torch.optim.Optimizer):
+    # Muon (Jordan et al., 2024): the momentum of each matrix, made nearly orthogonal
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                p.grad.lerp_(momentum, group["momentum"])  # Nesterov's
+            for shape in sorted({p.shape for p in params}):  # the matrices of a shape are a batch
+                batch = [p for p in params if p.shape == shape]
+                updates = orthogonal(torch.stack([p.grad for p in batch]))
+                scale = 0.2 * max(shape) ** 0.5  # to an RMS of 0.2, as AdamW's (Liu et al., 2025)
+                for p, update in zip(batch, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * scale)
+
+def orthogonal(x):
+    # five steps of Newton-Schulz bring the singular values of each matrix (n, rows, columns) to
+    # about 1; the coefficients are Keller Jordan's
+    if x.size(1) > x.size(2):
+        return orthogonal(x.mT).mT
+    size = x.norm(dim=(1, 2), keepdim=True)  # (n, 1, 1)
+    x = (x / (size + 1e-7)).to(dtype)
+    for _ in range(5):
+        gram = x @ x.mT  # (n, rows, rows)
+        polynomial = -4.775 * gram + 2.0315 * gram @ gram
+        x = 3.4445 * x + polynomial @ x
+    return x.float()
+
 matrices, head, rest = [], [], []
 for name, p in model.named_parameters():
     if name.startswith("blocks.") and p.ndim == 2:
@@ -256,19 +303,18 @@ for name, p in model.named_parameters():
 groups = [dict(params=rest, scale=4.0), dict(params=head, scale=1.0)]
 if cfg.optimizer == "adamw":
     groups.append(dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay))
-optimizers = [torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)]
+adamw = torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)
+optimizers = [adamw]
 if cfg.optimizer == "muon":
-    # Muon (Jordan et al., 2024); match_rms_adamw gives its updates an RMS of 0.2 * lr
-    groups = [dict(params=matrices, scale=1.0)]
-    muon = torch.optim.Muon(
-        groups, cfg.lr, cfg.weight_decay, momentum=0.8, adjust_lr_fn="match_rms_adamw"
-    )
+    options = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=0.8)
+    muon = Muon([dict(params=matrices, scale=1.0)], options)
     optimizers.append(muon)
 
 def lr_at(step):
     # warmup, stable, decay (Hu et al., 2024)
     up = (step + 1) / (cfg.warmup + 1)
-    down = (cfg.steps - step) / max(cfg.cooldown * cfg.steps, 1)
+    cooldown_steps = max(cfg.cooldown * cfg.steps, 1)
+    down = (cfg.steps - step) / cooldown_steps
     return cfg.lr * min(up, 1, down)
 
 # %%
@@ -304,7 +350,8 @@ def save():
 
 def write_cells():
     if run.notebook:  # Jupyter's list of the cells that ran, the loop's among them
-        write(Path(run.meta["script"]).stem + ".py", "\n\n".join(In).encode())
+        name = Path(run.meta["script"]).stem + ".py"
+        write(name, "\n\n".join(In).encode())
 
 def track(method, *args, **kwargs):
     # whatever is wrong with wandb, the run goes on
@@ -367,7 +414,8 @@ if recording and cfg.wandb != "disabled":
         import wandb
 
         # a resumed run goes on under its id, a copy of its folder gets another
-        wandb_id = zlib.crc32(f"{run.dir.resolve()} {run.meta['began']}".encode())
+        identity = f"{run.dir.resolve()} {run.meta['began']}"
+        wandb_id = zlib.crc32(identity.encode())
         tracker = wandb.init(
             mode=cfg.wandb,
             project=cfg.wandb_project,
@@ -404,7 +452,9 @@ handlers = {}
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     handlers[number] = signal.signal(number, on_signal)
 
-todo = range(updates, cfg.steps + 1) if run.state != "finished" else []
+todo = range(updates, cfg.steps + 1)
+if run.state == "finished":  # its weights are loaded, and nothing is left to do
+    todo = []
 interactive = run.notebook or sys.stderr.isatty()  # a log file gets lines instead of a bar
 hidden = not (recording and interactive)
 bar = tqdm(initial=updates, total=cfg.steps, disable=hidden)
@@ -451,7 +501,8 @@ for step in todo:
     # report
     bar.update()
     if step % cfg.log_every == 0 or evaluating:
-        row["train_loss"] = all_reduce(train_loss).item() / world_size
+        train_loss = all_reduce(train_loss) / world_size
+        row["train_loss"] = train_loss.item()
         row["seconds"] = seconds + time.perf_counter() - clock
         check_finite(dict(train_loss=row["train_loss"]), step)
         log(row)
@@ -491,8 +542,10 @@ if recording and cfg.sample_tokens > 0:
         sample = bytes(sample).decode(errors="replace")
     write("sample.txt", str(sample).encode())
     track("log", dict(sample=str(sample)), step=step)
-    shown = [c if c.isprintable() or c in "\n\t" else "?" for c in str(sample)]
-    print("".join(shown))
+    for character in str(sample):  # of an untrained model they may be anything
+        plain = character.isprintable() or character in "\n\t"
+        print(character if plain else "?", end="")
+    print()
 
 # %%
 # the result
