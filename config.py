@@ -38,7 +38,7 @@ class Config:
 
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # of the matrices; the rest takes AdamW
-    lr: float = 1.5e-2  # peak learning rate, for Muon and AdamW alike
+    lr: float = 1.5e-2  # peak learning rate of Muon and AdamW, times the scale of a group
     weight_decay: float = 0.1  # decoupled, of the matrices
     warmup: int = 0  # steps in which lr rises to its peak
     cooldown: float = 0.5  # final fraction of the run, in which lr falls to 0
@@ -47,7 +47,7 @@ class Config:
     steps: int = 400  # optimizer steps
     log_every: int = 10  # steps between two lines of metrics.jsonl
     eval_every: int = 50  # steps between two evaluations, each with a checkpoint
-    eval_tokens: int = 32768  # validation tokens in an evaluation, always the same
+    eval_tokens: int = 32768  # validation tokens in an evaluation, each time the same
     sample_tokens: int = 512  # length of the text written at the end
 
     # machine
@@ -90,13 +90,13 @@ class Config:
             sys.exit(f"error: {path} is not a config of this code: {error}")
 
 
-# fields that do not make another experiment: a run resumes with other values of them
+# Fields that do not make another experiment: a run resumes with other values of them.
 ASIDE = [
     "run_dir", "wandb", "wandb_project", "wandb_group", "device", "compile", "micro_batch_size",
     "log_every", "eval_every", "sample_tokens",
 ]  # fmt: skip
 
-this_file = Path(__file__).read_text()  # as it is imported
+own_source = Path(__file__).read_text()  # as it is imported
 locks = {}  # the lock files, open until the process ends
 
 
@@ -106,7 +106,9 @@ def open_run(defaults):
     Nothing: a new run. An unfinished run: it resumes. A finished one: a script ends here, a
     notebook gets its weights. Anything else is an error, at once, before torch is imported.
     """
-    # a Jupyter kernel has its own command line; %run replaces it by the script's
+    if "__dataclass_fields__" not in vars(type(defaults)):
+        sys.exit("error: write @dataclass above class Config(Config), or its fields are lost")
+    # A Jupyter kernel has its own command line; %run replaces it by the script's.
     notebook = sys.argv[0].endswith("kernel_launcher.py")
     if notebook:
         cfg = defaults
@@ -117,7 +119,7 @@ def open_run(defaults):
         cfg = tyro.cli(type(defaults), default=defaults)
         script = Path(getattr(sys.modules["__main__"], "__file__", "ipython"))
         code = {script.name: script.read_text()} if script.exists() else {}
-    code[Path(__file__).name] = this_file
+    code[Path(__file__).name] = own_source
     command = ["python", *sys.argv]
     if not cfg.run_dir:
         cfg.run_dir = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
@@ -150,6 +152,7 @@ def open_run(defaults):
         old = vars(type(cfg).load(run_dir))
         differ = ""
         for name, value in vars(cfg).items():
+            # JSON gives a tuple back as a list.
             same = value == old[name] or json.dumps(value) == json.dumps(old[name])
             if not same and name not in ASIDE:
                 differ += f"{name} is {old[name]!r} there, {value!r} here; "
@@ -159,16 +162,18 @@ def open_run(defaults):
             copy = run_dir / name
             if rank == 0 and copy.exists() and copy.read_text() != text:
                 print(f"note: the code has changed since this run, see {copy}")
-    if state == "finished" and not notebook:
+    if state == "finished":
         result = json.loads((run_dir / "result.json").read_text())
         name, value = next(iter(result.items()))
         if rank == 0:
-            print(f"{run_dir} is finished: {name}: {value:.4f}")
-        sys.exit()
+            print(f"{run_dir} is finished: {name}: {value:.5g}")
+        if not notebook:
+            sys.exit()
 
     if (run_dir / "meta.json").exists():
         meta = json.loads((run_dir / "meta.json").read_text())
     else:
+        # The commit of the code's own folder, with -dirty behind it if files have changed.
         here = shlex.quote(str(Path(__file__).parent))
         git = f"git -C {here} describe --always --dirty --abbrev=40 2> /dev/null"
         meta = dict(
@@ -179,7 +184,7 @@ def open_run(defaults):
             began=time.time(),
         )
     run = SimpleNamespace(dir=run_dir, state=state, notebook=notebook, code=code, meta=meta)
-    run.begun = False  # until the record cell: one open_run is for one run
+    run.used = False  # The record cell sets it, so that one open_run serves one run.
     return cfg, run
 
 

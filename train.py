@@ -39,7 +39,7 @@ if cfg.device == "auto":
 if device_name == "cuda":
     device_name = f"cuda:{local_rank}"
 try:
-    device = torch.empty(1, device=device_name).device
+    device = torch.empty(1, device=device_name).device  # fails if there is no such device
 except (RuntimeError, AssertionError) as error:
     sys.exit(f"error: --device {cfg.device} is not here: {error}")
 on_cuda = device.type == "cuda"
@@ -52,7 +52,8 @@ if cfg.dtype == "auto":
     if on_cuda:
         fast_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif hasattr(torch.cpu, "get_capabilities"):
-        has = torch.cpu.get_capabilities()  # other CPUs are many times slower in bfloat16
+        # A CPU without these instructions is many times slower in bfloat16 than in float32.
+        has = torch.cpu.get_capabilities()
         fast_bfloat16 = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     else:  # an older torch
         fast_bfloat16 = torch.cpu._is_amx_tile_supported()
@@ -62,6 +63,7 @@ dtype = getattr(torch, dtype_name)
 
 compiling = cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)
 if compiling:
+    # Compile something tiny: what is missing for it should be missed here, not in the loop.
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
     except Exception as error:  # no C++ compiler, no Python.h, an old card, ...
@@ -129,7 +131,7 @@ def stdlib_source():
     leave_out = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
     files = []
     for folder, subfolders, names in os.walk(Path(os.__file__).parent):
-        subfolders[:] = set(subfolders) - leave_out
+        subfolders[:] = set(subfolders) - leave_out  # in place: os.walk goes by it
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     files.sort()
     np.random.default_rng(0).shuffle(files)  # the last tenth is like the rest
@@ -156,15 +158,17 @@ def get_batch(tokens, offsets):
     return ids[:, :-1], ids[:, 1:]
 
 def train_offsets(step):
-    # a pure function of (seed, step): a resumed run sees the same
+    # A process's windows of a step, a row for each micro-batch. They depend on (seed, step)
+    # alone, so a resumed run sees the same, and several processes share what one would see.
     rng = np.random.default_rng((cfg.seed, step))
     offsets = rng.integers(len(train_data) - cfg.seq_len, size=cfg.batch_size)
-    return offsets.reshape(world_size, micro_steps, micro_batch_size)[rank]
+    offsets = offsets.reshape(world_size, micro_steps, micro_batch_size)
+    return offsets[rank]
 
 # validation: always the same windows, evenly spread
-most = (len(val_data) - 1) // cfg.seq_len
+n_windows = (len(val_data) - 1) // cfg.seq_len
 n_val = max(cfg.eval_tokens // cfg.seq_len, 1)
-n_val = min(n_val, most)
+n_val = min(n_val, n_windows)
 last_offset = len(val_data) - 1 - cfg.seq_len
 val_offsets = np.linspace(0, last_offset, n_val).astype(np.int64)
 
@@ -178,10 +182,11 @@ fingerprint = [len(train_data), len(val_data), checksum]
 # %%
 # model
 def norm(x):
-    # no weights: the next matrix learns the scale. As good as RMSNorm, one kernel on a CPU
+    # Without weights: the next matrix learns the scale. As good as RMSNorm, and one kernel on
+    # a CPU.
     return F.layer_norm(x, x.shape[-1:])
 
-D = cfg.n_embd // cfg.n_head
+D = cfg.n_embd // cfg.n_head  # channels of a head
 frequency = 10000.0 ** -(torch.arange(0, D, 2) / D)
 positions = torch.arange(cfg.seq_len)
 angle = torch.outer(positions, frequency)[:, None]  # (T, 1, D / 2)
@@ -214,9 +219,12 @@ class Block(nn.Module):
     def attention(self, x):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, cfg.n_head, D).unbind(2)  # (B, T, H, D)
-        q = rotary(norm(q))  # QK-norm (Henry et al., 2020): a high lr
+        # QK-norm (Henry et al., 2020) keeps training stable at a high learning rate.
+        q = rotary(norm(q))
         k = rotary(norm(k))
-        attention_dtype = torch.float32 if device.type == "cpu" else dtype  # CPU: slow in bfloat16
+        attention_dtype = dtype
+        if device.type == "cpu":  # slow at it in bfloat16
+            attention_dtype = torch.float32
         q = q.transpose(1, 2).to(attention_dtype)  # (B, H, T, D)
         k = k.transpose(1, 2).to(attention_dtype)
         v = v.transpose(1, 2).to(attention_dtype)
@@ -240,8 +248,9 @@ class GPT(nn.Module):
 
     def forward(self, ids, targets=None):
         x = self.embed(ids)  # (B, T, C)
+        # Smear (modded-nanogpt): each token gets a learned share of the one before it.
         before = F.pad(x, (0, 0, 1, -1))
-        x = norm(x + self.smear * before)  # a share of the token before (modded-nanogpt)
+        x = norm(x + self.smear * before)
         for block in self.blocks:
             x = block(x)
         logits = self.head(norm(x)).float()  # (B, T, V)
@@ -257,9 +266,9 @@ if world_size > 1:
     train_model = nn.parallel.DistributedDataParallel(train_model)
 
 # %%
-# optimizers: a group learns at `scale` times the schedule. Constants: the best of a few tried
+# optimizers
 class Muon(torch.optim.Optimizer):
-    # Muon (Jordan et al., 2024): the momentum of each matrix, made nearly orthogonal
+    # Muon (Jordan et al., 2024): a matrix moves along its momentum, made nearly orthogonal.
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -268,23 +277,25 @@ class Muon(torch.optim.Optimizer):
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                p.grad.lerp_(momentum, group["momentum"])  # Nesterov's
-            for shape in sorted({p.shape for p in params}):  # the matrices of a shape are a batch
+                momentum.lerp_(p.grad, 1 - group["beta"])
+                p.grad.lerp_(momentum, group["beta"])  # Nesterov's momentum
+            # All matrices of one shape are orthogonalized as one batch.
+            for shape in sorted({p.shape for p in params}):
                 batch = [p for p in params if p.shape == shape]
                 updates = orthogonal(torch.stack([p.grad for p in batch]))
-                scale = 0.2 * max(shape) ** 0.5  # to an RMS of 0.2, as AdamW's (Liu et al., 2025)
+                # An update gets an RMS of 0.2, about that of AdamW's (Liu et al., 2025).
+                size = 0.2 * max(shape) ** 0.5
                 for p, update in zip(batch, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * scale)
+                    p.add_(update, alpha=-group["lr"] * size)
 
 def orthogonal(x):
-    # five steps of Newton-Schulz bring the singular values of each matrix (n, rows, columns) to
-    # about 1; the coefficients are Keller Jordan's
+    # Five steps of Newton-Schulz bring the singular values of each matrix of x, (n, rows,
+    # columns), to about 1. The coefficients are Keller Jordan's.
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
-    size = x.norm(dim=(1, 2), keepdim=True)  # (n, 1, 1)
-    x = (x / (size + 1e-7)).to(dtype)
+    norms = x.norm(dim=(1, 2), keepdim=True)  # (n, 1, 1)
+    x = (x / (norms + 1e-7)).to(dtype)
     for _ in range(5):
         gram = x @ x.mT  # (n, rows, rows)
         polynomial = -4.775 * gram + 2.0315 * gram @ gram
@@ -300,15 +311,19 @@ for name, p in model.named_parameters():
     else:  # embedding, smear, and what you add
         rest.append(p)
 
+# Each group learns at its `scale` times lr_at(step). The constants are the best of a few tried.
 groups = [dict(params=rest, scale=4.0), dict(params=head, scale=1.0)]
-if cfg.optimizer == "adamw":
-    groups.append(dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay))
-adamw = torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)
-optimizers = [adamw]
+optimizers = []
 if cfg.optimizer == "muon":
-    options = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=0.8)
-    muon = Muon([dict(params=matrices, scale=1.0)], options)
+    defaults = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, beta=0.8)
+    muon = Muon([dict(params=matrices, scale=1.0)], defaults)
     optimizers.append(muon)
+elif cfg.optimizer == "adamw":
+    groups.append(dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay))
+else:
+    sys.exit(f"error: there is no code for --optimizer {cfg.optimizer}")
+adamw = torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)
+optimizers.append(adamw)
 
 def lr_at(step):
     # warmup, stable, decay (Hu et al., 2024)
@@ -319,15 +334,15 @@ def lr_at(step):
 
 # %%
 # the record: what a run writes, and how it resumes. An experiment seldom touches this
-if run.begun:
+if run.used:
     sys.exit("error: this run has begun already; run the config cell again, and all below it")
-run.begun = True
+run.used = True
 recording = rank == 0 and run.state != "finished"  # a finished run is only looked at
 updates, seconds = 0, 0.0  # optimizer steps, seconds of training
 tracker = None  # wandb's run
 
 def write(name, data):
-    # beside the file, then renamed over it: there is always a whole one
+    # Written beside the file, then renamed over it: there is always a whole one.
     path = run.dir / name
     try:
         with open(f"{path}.tmp", "wb") as f:
@@ -341,20 +356,28 @@ def write(name, data):
 def save():
     if not recording:
         return
-    state = dict(model=model.state_dict(), updates=updates, seconds=seconds)
-    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    checkpoint = dict(model=model.state_dict(), updates=updates, seconds=seconds)
+    checkpoint["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     buffer = io.BytesIO()  # in memory first: a full disk is then an OSError
-    torch.save(state, buffer)
+    torch.save(checkpoint, buffer)
     write("checkpoint.pt", buffer.getvalue())
     write_cells()
 
 def write_cells():
-    if run.notebook:  # Jupyter's list of the cells that ran, the loop's among them
+    # In is Jupyter's list of the cells that ran; the loop's is among them when this is called.
+    if run.notebook:
         name = Path(run.meta["script"]).stem + ".py"
         write(name, "\n\n".join(In).encode())
 
+def load_checkpoint(run_dir):
+    path = Path(run_dir).expanduser() / "checkpoint.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        sys.exit(f"error: cannot read {path}: {error}")
+
 def track(method, *args, **kwargs):
-    # whatever is wrong with wandb, the run goes on
+    # Whatever is wrong with wandb, the run goes on.
     global tracker
     try:
         if tracker:
@@ -376,20 +399,19 @@ def check_finite(values, step):
 
 if run.state == "unfinished" and run.meta.get("data", fingerprint) != fingerprint:
     sys.exit(f"error: {run.dir} is a run on other data; name another --run-dir")
-path = run.dir / "checkpoint.pt"
-resuming = path.exists() or run.state == "finished"
-if not resuming and cfg.init_from:
-    path = Path(cfg.init_from).expanduser() / "checkpoint.pt"
-if resuming or cfg.init_from:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        sys.exit(f"error: cannot read {path}: {error}")
+if run.state == "finished" or (run.dir / "checkpoint.pt").exists():
+    checkpoint = load_checkpoint(run.dir)
     model.load_state_dict(checkpoint["model"])
-if resuming:
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-        optimizer.load_state_dict(state)
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+        # The momenta are the run's; the options (scale, beta) are what the code says now.
+        saved["param_groups"] = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(saved)
     updates, seconds = checkpoint["updates"], checkpoint["seconds"]
+elif cfg.init_from:
+    try:
+        model.load_state_dict(load_checkpoint(cfg.init_from)["model"])
+    except RuntimeError as error:
+        sys.exit(f"error: the weights of --init-from {cfg.init_from} do not fit: {error}")
 
 if recording:
     write("config.json", json.dumps(vars(cfg), indent=2).encode())
@@ -399,7 +421,7 @@ if recording:
     for name, text in run.code.items():
         write(name, text.encode())
 
-    # keep the rows before the checkpoint; later ones, and a torn one, come again
+    # Rows before the checkpoint stay; later ones, and a torn one, come again.
     metrics_file = open(run.dir / "metrics.jsonl", "a+b")
     metrics_file.seek(0)
     kept = 0
@@ -413,7 +435,7 @@ if recording and cfg.wandb != "disabled":
     try:
         import wandb
 
-        # a resumed run goes on under its id, a copy of its folder gets another
+        # A resumed run goes on under its id; a copy of its folder gets another.
         identity = f"{run.dir.resolve()} {run.meta['began']}"
         wandb_id = zlib.crc32(identity.encode())
         tracker = wandb.init(
@@ -434,7 +456,7 @@ if recording and cfg.wandb != "disabled":
 # loop
 @torch.no_grad()
 def evaluate():
-    # measures by name, the one that matters first. The processes share the windows
+    # Measures by name, numbers, the one that matters first. The processes share the windows.
     total = torch.zeros((), device=device)
     for i in range(rank * micro_batch_size, n_val, world_size * micro_batch_size):
         offsets = val_offsets[i : i + micro_batch_size]
@@ -442,7 +464,8 @@ def evaluate():
         total += model(inputs, targets) * len(offsets)
     return dict(val_loss=all_reduce(total).item() / n_val)
 
-stop_signal = 0  # Ctrl-C, kill, Slurm's warning: the loop finishes its step, saves and stops
+# Ctrl-C, kill, Slurm's warning: the loop finishes its step, saves and stops.
+stop_signal = 0
 
 def on_signal(number, frame):
     global stop_signal
@@ -458,21 +481,26 @@ if run.state == "finished":  # its weights are loaded, and nothing is left to do
 interactive = run.notebook or sys.stderr.isatty()  # a log file gets lines instead of a bar
 hidden = not (recording and interactive)
 bar = tqdm(initial=updates, total=cfg.steps, disable=hidden)
-measures, stop, clock = {}, 0, time.perf_counter()
+measures = {}
+stop = 0
+clock = time.perf_counter()
 
 for step in todo:
     row = dict(step=step, tokens=step * tokens_per_step, lr=lr_at(step))
     last = step == cfg.steps
-    if not last:  # a signal finds the processes at different steps: they stop together
+    if not last:
+        # A signal reaches the processes at different steps; by the maximum they stop together.
         stop = all_reduce(torch.tensor(stop_signal), dist.ReduceOp.MAX).item()
 
-    # the weights after `step` updates: evaluate, and save them if all measures are finite
+    # The weights after `step` updates: evaluate, and save them if all measures are finite.
     evaluating = step % cfg.eval_every == 0 or last or stop
     if evaluating:
         if on_cuda:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - clock  # of training only
+        model.eval()
         measures = evaluate()
+        model.train()
         row |= measures | dict(seconds=seconds)
         check_finite(measures, step)
         save()
@@ -482,7 +510,7 @@ for step in todo:
     if last or stop:
         break
 
-    # one step: the loss and its gradient over the micro-batches, then the update
+    # One step: the loss and its gradient over the micro-batches, then the update.
     model.zero_grad()
     train_loss = torch.zeros((), device=device)
     for i, offsets in enumerate(train_offsets(step)):
@@ -498,7 +526,7 @@ for step in todo:
         optimizer.step()
     updates = step + 1
 
-    # report
+    # Report.
     bar.update()
     if step % cfg.log_every == 0 or evaluating:
         train_loss = all_reduce(train_loss) / world_size
@@ -507,13 +535,15 @@ for step in todo:
         check_finite(dict(train_loss=row["train_loss"]), step)
         log(row)
         text = f"loss {row['train_loss']:.3f}"
-        for name, value in measures.items():
-            text += f", {name} {value:.3f}"
+        if evaluating or interactive:  # the bar keeps the last measures, a line has its own
+            for name, value in measures.items():
+                text += f", {name} {value:.3f}"
         bar.set_postfix_str(text)
         if recording and not interactive:
             print(f"step {step}/{cfg.steps}, {text}", flush=True)
 
 bar.close()
+model.eval()
 for number, handler in handlers.items():
     signal.signal(number, handler)
 if world_size > 1:
@@ -523,8 +553,11 @@ if stop:
     if rank == 0:
         print(f"stopped by {signal.Signals(stop).name} at step {step}, saved. To resume:")
         print("this cell again" if run.notebook else run.meta["command"])
-    # under torchrun the first failure ends the others: rank 0 may finish wandb
-    sys.exit(128 + stop if rank == 0 else 0)
+    # torchrun kills all at the first exit code that is not 0: it is rank 0's, so that it can
+    # finish wandb.
+    if rank == 0:
+        sys.exit(128 + stop)
+    sys.exit()
 
 # %%
 # a sample: what the model writes
@@ -542,10 +575,14 @@ if recording and cfg.sample_tokens > 0:
         sample = bytes(sample).decode(errors="replace")
     write("sample.txt", str(sample).encode())
     track("log", dict(sample=str(sample)), step=step)
-    for character in str(sample):  # of an untrained model they may be anything
-        plain = character.isprintable() or character in "\n\t"
-        print(character if plain else "?", end="")
-    print()
+    # An untrained model may write control characters, which a terminal would obey.
+    shown = ""
+    for character in str(sample):
+        if character.isprintable() or character in "\n\t":
+            shown += character
+        else:
+            shown += "?"
+    print(shown)
 
 # %%
 # the result
@@ -562,6 +599,8 @@ if recording:
     write("result.json", json.dumps(result, indent=2).encode())  # the run is finished
     print("---")
     for name, value in result.items():
+        if isinstance(value, float):
+            value = f"{value:.5g}"
         print(f"{name}: {value}")
     track("finish")
 

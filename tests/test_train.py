@@ -159,12 +159,17 @@ def test_run_learns_and_leaves_its_record(whole):
     assert torch.load(whole.run_dir / "checkpoint.pt", weights_only=True)["updates"] == 40
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_model_is_causal(optimizer, monkeypatch):
-    flags = ["--steps", "10", "--optimizer", optimizer, "--run-dir", "run"]
+@pytest.fixture(params=["muon", "adamw"])
+def variables(request, monkeypatch):
+    """The variables of train.py after a short run."""
+    flags = ["--steps", "10", "--optimizer", request.param, "--run-dir", "run"]
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *flags])
     monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
-    model = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")["model"]
+    return runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def test_model_is_causal_and_muon_is_muon(variables):
+    model = variables["model"]
     ids = torch.randint(256, (2, 32))
     changed = ids.clone()
     changed[:, 20] = (ids[:, 20] + 1) % 256
@@ -173,6 +178,23 @@ def test_model_is_causal(optimizer, monkeypatch):
     assert before.shape == (2, 32, 256)
     torch.testing.assert_close(before[:, :20], after[:, :20])
     assert not torch.allclose(before[:, 20:], after[:, 20:])
+
+    # torch has a Muon, too, which multiplies in bfloat16
+    options = dict(lr=0.1, weight_decay=0.1, momentum=0.8)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 8), (8, 32), (32, 8), (8, 8)]]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = [
+        variables["Muon"](ours, options),
+        torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options),
+    ]
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.02)
 
 
 def test_tokens_in_a_bin_file():
