@@ -49,6 +49,10 @@ def test_classifier_trains_resumes_and_equals_itself_in_two_processes(mine):
     assert not Path("one/train.py").exists()
     again = trained(*FLAGS, "--run-dir", "one", script=mine)
     assert f"one is finished: accuracy: {result['accuracy']:.4f}" in again.out
+    text = mine.read_text()
+    mine.write_text(text.replace("@dataclass\n", ""))
+    refused(train(*FLAGS, "--run-dir", "none", script=mine), "write @dataclass", code=1)
+    mine.write_text(text)
     other = train(*FLAGS, "--run-dir", "one", "--classes", 3, script=mine)
     refused(other, "classes is 5 there, 3 here")
 

@@ -143,7 +143,7 @@ def test_run_learns_and_leaves_its_record(whole):
     assert meta["dtype"] in ("float32", "bfloat16")
     assert meta["device"] == "cpu"
     assert meta["script"] == "train.py"
-    assert sum(meta["data"]) == os.path.getsize(whole.run_dir.parent / "data.txt")
+    assert sum(meta["data"][:2]) == os.path.getsize(whole.run_dir.parent / "data.txt")
     for name in ("train.py", "config.py"):
         assert (whole.run_dir / name).read_text() == (ROOT / name).read_text()
 
@@ -152,10 +152,16 @@ def test_run_learns_and_leaves_its_record(whole):
     assert result["val_loss"] == rows[-1]["val_loss"]
     assert result["steps"] == 40
     assert result["tokens"] == 40 * 8 * 32
-    for name, value in result.items():
-        assert f"\n{name}: {value}\n" in whole.out.split("---")[1]
+    closing = whole.out.split("---")[1]
+    assert closing.startswith(f"\nval_loss: {result['val_loss']:.5g}\nsteps: 40\n")
+    for name in result:
+        assert f"\n{name}: " in closing
     assert len((whole.run_dir / "sample.txt").read_bytes().decode()) == 16
-    assert "step 10/40, loss" in whole.out  # a log file gets plain lines
+    # a log file gets plain lines, with the measures where they were measured
+    lines = {line.split(",")[0]: line for line in whole.out.splitlines()}
+    assert lines["step 10/40"].endswith(f"val_loss {rows[10]['val_loss']:.3f}")
+    assert lines["step 11/40"].endswith(f"loss {rows[11]['train_loss']:.3f}")
+    assert "val_loss" not in lines["step 11/40"]
     assert torch.load(whole.run_dir / "checkpoint.pt", weights_only=True)["updates"] == 40
 
 
@@ -180,12 +186,12 @@ def test_model_is_causal_and_muon_is_muon(variables):
     assert not torch.allclose(before[:, 20:], after[:, 20:])
 
     # torch has a Muon, too, which multiplies in bfloat16
-    options = dict(lr=0.1, weight_decay=0.1, momentum=0.8)
+    options = dict(lr=0.1, weight_decay=0.1)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 8), (8, 32), (32, 8), (8, 8)]]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     optimizers = [
-        variables["Muon"](ours, options),
-        torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options),
+        variables["Muon"](ours, dict(beta=0.8, **options)),
+        torch.optim.Muon(theirs, momentum=0.8, adjust_lr_fn="match_rms_adamw", **options),
     ]
     for _ in range(3):
         for p, q in zip(ours, theirs):
@@ -310,6 +316,21 @@ def test_resume_after_an_edit_of_the_model_shows_all_that_torch_says():
     assert '"blocks.1.attn_out.weight"' in process.err
 
 
+def test_resume_after_an_edit_of_an_option_trains_by_the_edited_code():
+    for name in ("train.py", "config.py"):
+        Path(name).write_text((ROOT / name).read_text())
+    first = start("--run-dir", "run", script="train.py")
+    wait_until(first, Path("run/checkpoint.pt").exists)
+    kill(first)
+    text = Path("train.py").read_text()
+    Path("train.py").write_text(text.replace("params=head, scale=1.0", "params=head, scale=9.0"))
+    again = trained("--run-dir", "run", script="train.py")
+    assert "note: the code has changed since this run" in again.out
+    saved = torch.load("run/checkpoint.pt", weights_only=True)
+    groups = saved["optimizers"][1]["param_groups"]
+    assert [group["scale"] for group in groups] == [4.0, 9.0]
+
+
 def test_two_processes_in_one_run_directory():
     first = start("--run-dir", "run", "--steps", 2000)
     wait_until(first, Path("run/config.json").exists)
@@ -324,9 +345,16 @@ def test_init_from_another_run(whole):
     assert metrics("run")[0]["val_loss"] == metrics(whole.run_dir)[-1]["val_loss"]
     assert json.loads(Path("run/config.json").read_text())["init_from"] == str(whole.run_dir)
     wider = train("--init-from", whole.run_dir, "--run-dir", "wider", "--n-embd", 64)
-    assert wider.returncode == 1
-    assert "size mismatch for blocks.0.up.weight" in wider.err
+    refused(wider, "do not fit", "size mismatch for blocks.0.up.weight")
     refused(train("--init-from", "nowhere", "--run-dir", "none"), "nowhere/checkpoint.pt")
+
+    # killed before its first checkpoint, it begins with those weights again
+    killed = start(*flags[:2], "--run-dir", "killed", "--steps", 10)
+    wait_until(killed, Path("killed/meta.json").exists)
+    kill(killed)
+    Path("killed/checkpoint.pt").unlink(missing_ok=True)
+    trained(*flags[:2], "--run-dir", "killed", "--steps", 10)
+    assert metrics("killed") == metrics("run")
 
 
 # several processes
