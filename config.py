@@ -10,12 +10,17 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import tyro
+
+# The variables of wandb are the defaults of its flags.
+wandb_mode = os.environ.get("WANDB_MODE")
+if wandb_mode not in ("online", "offline", "disabled"):
+    wandb_mode = "offline"
 
 
 @dataclass
@@ -58,8 +63,8 @@ class Config:
 
     # record
     run_dir: str = ""  # where everything is written; empty: runs/<start time>
-    wandb: Literal["online", "offline", "disabled"] = os.environ.get("WANDB_MODE", "offline")
-    wandb_project: str = os.environ.get("WANDB_PROJECT", "gpt")
+    wandb: Literal["online", "offline", "disabled"] = wandb_mode  # offline needs no account
+    wandb_project: str = os.environ.get("WANDB_PROJECT") or "gpt"  # its name on wandb
     wandb_group: str = ""  # such as the name of a sweep
 
     def __post_init__(self):
@@ -68,7 +73,7 @@ class Config:
             "lr", "steps", "log_every", "eval_every", "eval_tokens",
         ]  # fmt: skip
         for name in positive:
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive")
         for name in ["micro_batch_size", "weight_decay", "warmup", "sample_tokens", "seed"]:
             if not 0 <= getattr(self, name) < 2**63:
@@ -79,14 +84,18 @@ class Config:
             raise ValueError("n_embd must be a multiple of twice n_head")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size != 0:
             raise ValueError("micro_batch_size must divide batch_size")
+        for field in fields(self):
+            choices = get_args(field.type)
+            if get_origin(field.type) is Literal and getattr(self, field.name) not in choices:
+                raise ValueError(f"{field.name} must be one of {choices}")
 
     @classmethod
     def load(cls, run_dir):
         """The config of an earlier run, as in open_run(Config.load("runs/NAME"))."""
         path = Path(run_dir).expanduser() / "config.json"
         try:
-            return cls(**json.loads(path.read_text()) | {"run_dir": str(run_dir)})
-        except (OSError, ValueError, TypeError) as error:
+            return cls(**read_json(path) | {"run_dir": str(run_dir)})
+        except (ValueError, TypeError) as error:
             sys.exit(f"error: {path} is not a config of this code: {error}")
 
 
@@ -96,7 +105,7 @@ ASIDE = [
     "log_every", "eval_every", "sample_tokens",
 ]  # fmt: skip
 
-own_source = Path(__file__).read_text()  # as it is imported
+own_source = Path(__file__).read_bytes()  # as it is imported
 locks = {}  # the lock files, open until the process ends
 
 
@@ -109,92 +118,116 @@ def open_run(defaults):
     if "__dataclass_fields__" not in vars(type(defaults)):
         sys.exit("error: write @dataclass above class Config(Config), or its fields are lost")
     # A Jupyter kernel has its own command line; %run replaces it by the script's.
-    notebook = sys.argv[0].endswith("kernel_launcher.py")
-    if notebook:
-        cfg = defaults
-        script = Path(os.environ.get("JPY_SESSION_NAME", "train.ipynb"))
-        code = {}
-    else:
-        sys.stdout.reconfigure(errors="replace")  # not every terminal knows UTF-8
+    notebook = sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py"))
+    cfg = defaults
+    if not notebook:
         cfg = tyro.cli(type(defaults), default=defaults)
-        script = Path(getattr(sys.modules["__main__"], "__file__", "ipython"))
-        code = {script.name: script.read_text()} if script.exists() else {}
-    code[Path(__file__).name] = own_source
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # not every terminal knows UTF-8
     command = ["python", *sys.argv]
     if not cfg.run_dir:
         cfg.run_dir = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
         command += ["--run-dir", cfg.run_dir]
-    run_dir = Path(cfg.run_dir).expanduser()
-    rank = int(os.environ.get("RANK", 0))
-    if "WORLD_SIZE" in os.environ and "RANK" not in os.environ:
-        sys.exit("error: WORLD_SIZE is set, but no launcher set RANK: unset it, or use torchrun")
     for name, value in vars(cfg).items():
         try:
             json.dumps(value)
         except TypeError as error:
             sys.exit(f"error: config.json cannot hold the field {name} of Config: {error}")
 
-    state = "new"
+    # The code as it is now, whatever is edited while torch is imported and the data is read.
+    script = Path(getattr(sys.modules["__main__"], "__file__", "ipython"))
+    if notebook:
+        script = Path(os.environ.get("JPY_SESSION_NAME", "train.ipynb"))
+    code = {}
+    module = sys.modules[type(defaults).__module__]
+    for path in [script, Path(getattr(module, "__file__", ""))]:
+        if path.suffix == ".py" and path.exists():
+            code[path.name] = path.read_bytes()
+    code[Path(__file__).name] = own_source
+
+    rank = int(os.environ.get("RANK") or 0)
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    if rank >= world_size or (world_size > 1 and not launched):
+        sys.exit("error: no launcher set RANK and WORLD_SIZE: unset them, or use torchrun")
     try:
-        found = os.listdir(run_dir) if run_dir.exists() else []
-        strange = set(found) - {"lock", "log.txt", "config.json.tmp"}
-        if "config.json" in found:
-            state = "finished" if "result.json" in found else "unfinished"
-        elif strange:
-            sys.exit(f"error: {run_dir} holds {min(strange)}, no run; name another --run-dir")
-        if state != "finished" and rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lock(run_dir / "lock")
-    except OSError as error:
-        sys.exit(f"error: cannot write to --run-dir {run_dir}: {error}")
-
+        run_dir = Path(cfg.run_dir).expanduser()
+        state = enter(run_dir, rank)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"error: cannot write to --run-dir {cfg.run_dir}: {error}")
     if state != "new":
-        old = vars(type(cfg).load(run_dir))
-        differ = ""
-        for name, value in vars(cfg).items():
-            # JSON gives a tuple back as a list.
-            same = value == old[name] or json.dumps(value) == json.dumps(old[name])
-            if not same and name not in ASIDE:
-                differ += f"{name} is {old[name]!r} there, {value!r} here; "
-        if differ:
-            sys.exit(f"error: {run_dir} is another run: {differ}name another --run-dir")
-        for name, text in code.items():
-            copy = run_dir / name
-            if rank == 0 and copy.exists() and copy.read_text() != text:
-                print(f"note: the code has changed since this run, see {copy}")
-    if state == "finished":
-        result = json.loads((run_dir / "result.json").read_text())
+        compare(cfg, code, run_dir)
+    if state == "finished" and rank == 0:
+        result = read_json(run_dir / "result.json")
         name, value = next(iter(result.items()))
-        if rank == 0:
-            print(f"{run_dir} is finished: {name}: {value:.5g}")
-        if not notebook:
-            sys.exit()
+        print(f"{run_dir} is finished: {name}: {value:.5g}")
+    if state == "finished" and not notebook:
+        sys.exit()
 
+    meta = dict(began=time.time())
     if (run_dir / "meta.json").exists():
-        meta = json.loads((run_dir / "meta.json").read_text())
-    else:
+        meta = read_json(run_dir / "meta.json")
+    if state != "finished":
         # The commit of the code's own folder, with -dirty behind it if files have changed.
         here = shlex.quote(str(Path(__file__).parent))
-        git = f"git -C {here} describe --always --dirty --abbrev=40 2> /dev/null"
-        meta = dict(
+        git = f"git -C {here} describe --always --dirty --abbrev=40 --exclude='*' 2> /dev/null"
+        meta |= dict(
             commit=subprocess.getoutput(git),
             command=shlex.join(command),
             script=script.name,
             python=sys.version.split()[0],
-            began=time.time(),
         )
     run = SimpleNamespace(dir=run_dir, state=state, notebook=notebook, code=code, meta=meta)
+    if notebook:
+        run.first_cell = len(sys.modules["__main__"].In) - 1  # Jupyter's list of cells that ran
     run.used = False  # The record cell sets it, so that one open_run serves one run.
     return cfg, run
 
 
+def enter(run_dir, rank):
+    """What is there: a "new", "unfinished" or "finished" run. One that is not finished is locked
+    against other processes until this one ends."""
+    state = "new"
+    found = os.listdir(run_dir) if run_dir.exists() else []
+    strange = set(found) - {"lock", "log.txt", "config.json.tmp"}
+    if "config.json" in found:
+        state = "finished" if "result.json" in found else "unfinished"
+    elif strange:
+        sys.exit(f"error: {run_dir} holds {min(strange)}, no run; name another --run-dir")
+    if state == "finished" or rank > 0:
+        return state
 
-def lock(path):
-    """Keep other processes out until this one ends, where the disk has locks."""
-    locks[path] = locks.get(path) or open(path, "a")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if run_dir not in locks:
+        locks[run_dir] = open(run_dir / "lock", "a")
     try:
-        fcntl.lockf(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(locks[run_dir], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            sys.exit(f"error: {path.parent} is in use by another process")
-        print(f"note: this disk has no locks ({error}); start no second process in {path.parent}")
+            sys.exit(f"error: {run_dir} is in use by another process")
+        print(f"note: this disk has no locks ({error}); start no second process in {run_dir}")
+    return state
+
+
+def compare(cfg, code, run_dir):
+    """An error if the run there is another experiment, a note if its code was other code."""
+    before = vars(type(cfg).load(run_dir))
+    differ = ""
+    for name, value in vars(cfg).items():
+        # JSON gives a tuple back as a list.
+        same = value == before[name] or json.dumps(value) == json.dumps(before[name])
+        if not same and name not in ASIDE:
+            differ += f"{name} is {before[name]!r} there, {value!r} here; "
+    if differ:
+        sys.exit(f"error: {run_dir} is another run: {differ}name another --run-dir")
+    for name, content in code.items():
+        copy = run_dir / name
+        if copy.exists() and copy.read_bytes() != content:
+            print(f"note: the code has changed since this run, see {copy}")
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: cannot read {path}: {error}")

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 # %%
 # device and processes
-rank = int(os.environ.get("RANK", 0))  # torchrun or slurm.sbatch sets these three
-local_rank = int(os.environ.get("LOCAL_RANK", 0))
-world_size = int(os.environ.get("WORLD_SIZE", 1))
+rank = int(os.environ.get("RANK") or 0)  # torchrun or slurm.sbatch sets these three
+local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+world_size = int(os.environ.get("WORLD_SIZE") or 1)
 
 device_name = cfg.device
 if cfg.device == "auto":
@@ -91,9 +91,9 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
 # %%
 # data: one long row of token ids, memory-mapped
 def open_tokens(name):
-    # (N,) ids: .npy of any integers, .bin of uint16 or with llm.c's header, else a text's bytes
-    path = Path(name).expanduser()
+    # The ids, (N,), of a .npy of any integers, a .bin, or else of a text's bytes.
     try:
+        path = Path(name).expanduser()
         if name == "stdlib":
             tokens = stdlib_source()
         elif path.suffix.lower() == ".npy":
@@ -102,8 +102,10 @@ def open_tokens(name):
             tokens = open_bin(path)
         else:
             tokens = np.memmap(path, np.uint8, mode="r")
-        largest = np.iinfo(tokens.dtype).max  # a ValueError if these are no integers
-    except (OSError, ValueError, IndexError) as error:
+            if bytes(tokens[:4]) in (b"\x1f\x8b\x08\x00", b"\x1f\x8b\x08\x08", b"PK\x03\x04"):
+                raise ValueError("it is compressed, unpack it first")
+        largest = np.iinfo(tokens.dtype).max
+    except Exception as error:
         sys.exit(f"error: cannot read {name} as token ids: {error}")
     if tokens.ndim != 1:
         sys.exit(f"error: {name} has the shape {tokens.shape}, it must be one row of token ids")
@@ -113,17 +115,18 @@ def open_tokens(name):
     return tokens
 
 def open_bin(path):
-    # the header is 256 int32: what follows it, a version, how many ids
+    # llm.c and modded-nanogpt begin with 256 int32: a number for the format, a version, how many
+    # ids. nanoGPT's files are bare uint16.
     header = np.fromfile(path, np.int32, count=256)
-    if header[0] == 20240520:  # llm.c and modded-nanogpt, GPT-2's ids
+    if len(header) == 256 and header[0] == 20240520:
         return np.memmap(path, np.uint16, mode="r", offset=1024, shape=header[2])
-    if header[0] == 20240801:  # llm.c, Llama 3's ids
+    if len(header) == 256 and header[0] == 20240801:
         return np.memmap(path, np.uint32, mode="r", offset=1024, shape=header[2])
-    tokens = np.memmap(path, np.uint16, mode="r")  # nanoGPT
+    tokens = np.memmap(path, np.uint16, mode="r")
     even = tokens[:2000:2]
     odd = tokens[1:2000:2]
-    if even.any() and not odd.any():
-        raise ValueError("every second uint16 is 0, so these are wider ids; save them as .npy")
+    if len(odd) > 0 and odd.max() < 16 < even.max():
+        raise ValueError("every second uint16 is small: if the ids are wider, save them as .npy")
     return tokens
 
 def stdlib_source():
@@ -149,8 +152,9 @@ if min(len(train_data), len(val_data)) <= cfg.seq_len:
 def get_batch(tokens, offsets):
     # inputs and targets, both (B, T), of the windows that begin at `offsets` (B,)
     ids = tokens[offsets[:, None] + np.arange(cfg.seq_len + 1)]  # (B, T + 1)
-    if ids.min() < 0 or ids.max() >= cfg.vocab_size:
-        sys.exit(f"error: token id {ids.max()} in the data, beyond --vocab-size {cfg.vocab_size}")
+    for id in (ids.min(), ids.max()):
+        if not 0 <= id < cfg.vocab_size:
+            sys.exit(f"error: token id {id} in the data, beyond --vocab-size {cfg.vocab_size}")
     ids = torch.from_numpy(ids.astype(np.int64))
     if on_cuda:  # a copy from pinned memory goes on beside the computation
         ids = ids.pin_memory()
@@ -174,10 +178,11 @@ val_offsets = np.linspace(0, last_offset, n_val).astype(np.int64)
 
 tokens_per_step = cfg.batch_size * cfg.seq_len
 
-# how a resumed run knows its data: the sizes, and a checksum of some 10,000 ids
-some_ids = train_data[:: len(train_data) // 10_000 + 1]
-checksum = zlib.crc32(some_ids.tobytes())
-fingerprint = [len(train_data), len(val_data), checksum]
+# How a resumed run knows its data: the sizes, and a checksum of some 10,000 ids of each.
+fingerprint = [len(train_data), len(val_data)]
+for tokens in (train_data, val_data):
+    some_ids = tokens[:: len(tokens) // 10_000 + 1]
+    fingerprint.append(zlib.crc32(some_ids.tobytes()))
 
 # %%
 # model
@@ -336,9 +341,7 @@ def lr_at(step):
 # the record: what a run writes, and how it resumes. An experiment seldom touches this
 if run.used:
     sys.exit("error: this run has begun already; run the config cell again, and all below it")
-run.used = True
 recording = rank == 0 and run.state != "finished"  # a finished run is only looked at
-updates, seconds = 0, 0.0  # optimizer steps, seconds of training
 tracker = None  # wandb's run
 
 def write(name, data):
@@ -367,7 +370,8 @@ def write_cells():
     # In is Jupyter's list of the cells that ran; the loop's is among them when this is called.
     if run.notebook:
         name = Path(run.meta["script"]).stem + ".py"
-        write(name, "\n\n".join(In).encode())
+        cells = "\n\n".join(In[run.first_cell :])
+        write(name, cells.encode())
 
 def load_checkpoint(run_dir):
     path = Path(run_dir).expanduser() / "checkpoint.pt"
@@ -375,6 +379,54 @@ def load_checkpoint(run_dir):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         sys.exit(f"error: cannot read {path}: {error}")
+
+def resume():
+    # Returns the optimizer steps and the seconds of training that the checkpoint stands for.
+    trainable = {p for p in model.parameters() if p.requires_grad}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            trainable -= set(group["params"])
+    if trainable:
+        sys.exit("error: some weights of the model are in no optimizer: add them, or run its cell")
+    if run.state == "finished" or (run.dir / "checkpoint.pt").exists():
+        checkpoint = load_checkpoint(run.dir)
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            # The momenta are the run's; the options (scale, beta) are what the code says now.
+            saved["param_groups"] = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(saved)
+        return checkpoint["updates"], checkpoint["seconds"]
+    if cfg.init_from:
+        try:
+            model.load_state_dict(load_checkpoint(cfg.init_from)["model"])
+        except RuntimeError as error:
+            sys.exit(f"error: the weights of --init-from {cfg.init_from} do not fit: {error}")
+    return 0, 0.0
+
+def rewind(updates):
+    # Rows of metrics.jsonl from before the checkpoint stay; later ones, and a torn one, go.
+    path = run.dir / "metrics.jsonl"
+    kept = []
+    path.touch()
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] >= updates or not line.endswith(b"\n"):
+            break
+        kept.append(line)
+    write("metrics.jsonl", b"".join(kept))
+
+def log(row):
+    if recording:
+        path = run.dir / "metrics.jsonl"
+        try:
+            with open(path, "ab") as f:
+                f.write(json.dumps(row).encode() + b"\n")
+        except OSError as error:
+            sys.exit(f"error: cannot write {path}: {error}")
+        track("log", row, step=row["step"])
 
 def track(method, *args, **kwargs):
     # Whatever is wrong with wandb, the run goes on.
@@ -386,50 +438,27 @@ def track(method, *args, **kwargs):
         tqdm.write(f"note: wandb failed, training goes on: {error}")
         tracker = None
 
-def log(row):
-    if recording:
-        metrics_file.write(json.dumps(row).encode() + b"\n")
-        metrics_file.flush()
-        track("log", row, step=row["step"])
-
 def check_finite(values, step):
     if not all(math.isfinite(value) for value in values.values()):
         log(dict(step=step, train_loss=None))  # how plot.ipynb knows: JSON has no NaN
         sys.exit(f"error: not finite at step {step}: {values}; try an --lr below {cfg.lr:g}")
 
-if run.state == "unfinished" and run.meta.get("data", fingerprint) != fingerprint:
-    sys.exit(f"error: {run.dir} is a run on other data; name another --run-dir")
-if run.state == "finished" or (run.dir / "checkpoint.pt").exists():
-    checkpoint = load_checkpoint(run.dir)
-    model.load_state_dict(checkpoint["model"])
-    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-        # The momenta are the run's; the options (scale, beta) are what the code says now.
-        saved["param_groups"] = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(saved)
-    updates, seconds = checkpoint["updates"], checkpoint["seconds"]
-elif cfg.init_from:
-    try:
-        model.load_state_dict(load_checkpoint(cfg.init_from)["model"])
-    except RuntimeError as error:
-        sys.exit(f"error: the weights of --init-from {cfg.init_from} do not fit: {error}")
+before = run.meta.get("data", fingerprint)
+if before != fingerprint:
+    what = f"ids and checksums {before} there, {fingerprint} here"
+    if run.state != "finished":
+        sys.exit(f"error: {run.dir} began with other data ({what}); name another --run-dir")
+    print(f"note: {run.dir} was trained on other data ({what})")
+updates, seconds = resume()
 
 if recording:
     write("config.json", json.dumps(vars(cfg), indent=2).encode())
     run.meta |= dict(torch=torch.__version__, data=fingerprint)
     run.meta |= dict(device=str(device), dtype=dtype_name, compile=compiling)
     write("meta.json", json.dumps(run.meta, indent=2).encode())
-    for name, text in run.code.items():
-        write(name, text.encode())
-
-    # Rows before the checkpoint stay; later ones, and a torn one, come again.
-    metrics_file = open(run.dir / "metrics.jsonl", "a+b")
-    metrics_file.seek(0)
-    kept = 0
-    for line in metrics_file:
-        if not line.endswith(b"}\n") or json.loads(line)["step"] >= updates:
-            break
-        kept += len(line)
-    metrics_file.truncate(kept)
+    for name, code in run.code.items():
+        write(name, code)
+run.used = True
 
 if recording and cfg.wandb != "disabled":
     try:
@@ -475,6 +504,12 @@ handlers = {}
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     handlers[number] = signal.signal(number, on_signal)
 
+if run.notebook:  # this cell may run again: then it goes on as a script would, exactly
+    if not run.used:
+        sys.exit("error: this is a new run; run the cells from the config cell down to this one")
+    updates, seconds = resume()
+if recording:
+    rewind(updates)
 todo = range(updates, cfg.steps + 1)
 if run.state == "finished":  # its weights are loaded, and nothing is left to do
     todo = []
@@ -606,7 +641,7 @@ if recording:
 
 # %%
 # the curves, in the notebook
-if run.notebook:
+if run.notebook and (run.dir / "metrics.jsonl").exists():
     import pandas as pd
 
     metrics = pd.read_json(run.dir / "metrics.jsonl", lines=True).interpolate()

@@ -1,5 +1,6 @@
 """What other people's files, disks, terminals and variables do to a run."""
 
+import gzip
 import json
 import os
 import pty
@@ -58,14 +59,17 @@ def test_the_same_ids_in_every_kind_of_file():
 
 
 BAD = {
-    "uint32 without a header": (["--data", "wide.bin"], "every second uint16 is 0"),
+    "uint32 without a header": (["--data", "wide.bin"], "every second uint16 is small"),
     "more ids than uint16 has": (["--data", "ids.bin", "--vocab-size", 128256], "65535"),
     "more ids than bytes": (["--data", "data.txt", "--vocab-size", 1000], "uint8"),
     "npy of floats": (["--data", "floats.npy"], "cannot read floats.npy"),
     "npy of two rows": (["--data", "rows.npy"], "(2, 5000)"),
     "npy that is none": (["--data", "text.npy"], "cannot read text.npy"),
     "header and too few ids": (["--data", "cut.bin"], "cannot read cut.bin"),
-    "negative ids": (["--data", "negative.npy"], "token id"),
+    "negative ids": (["--data", "negative.npy"], "error: token id -1"),
+    "uint32 beyond 65535": (["--data", "wider.bin", "--vocab-size", 65536], "every second uint16"),
+    "a compressed text": (["--data", "text.gz"], "it is compressed"),
+    "an empty npy": (["--data", "empty.npy"], "cannot read empty.npy"),
 }
 
 
@@ -74,6 +78,9 @@ def test_data_is_never_read_as_what_it_is_not(name):
     ids = np.random.default_rng(0).integers(200, size=10000)
     ids.astype(np.uint32).tofile("wide.bin")
     ids.astype(np.uint16).tofile("ids.bin")
+    np.random.default_rng(0).integers(128256, size=10000).astype(np.uint32).tofile("wider.bin")
+    Path("text.gz").write_bytes(gzip.compress(Path("data.txt").read_bytes()))
+    Path("empty.npy").touch()
     np.save("floats.npy", ids * 1.0)
     np.save("rows.npy", ids.reshape(2, -1))
     np.save("negative.npy", -ids)
@@ -84,14 +91,16 @@ def test_data_is_never_read_as_what_it_is_not(name):
     refused(train("--run-dir", "run", *flags), words)
 
 
-def test_resume_on_data_of_the_same_size_is_refused():
-    first = start("--run-dir", "run")
+@pytest.mark.parametrize("name", ["data.txt", "val.txt"])
+def test_resume_on_other_data_of_the_same_size_is_refused(name):
+    shutil.copy("data.txt", "val.txt")
+    first = start("--run-dir", "run", "--val-data", "val.txt")
     wait_until(first, lambda: has_rows("run", 3))
     kill(first)
     before = files("run")
-    text = Path("data.txt").read_bytes()
-    Path("data.txt").write_bytes(text[1:] + text[:1])
-    refused(train("--run-dir", "run"), "other data")
+    text = Path(name).read_bytes()
+    Path(name).write_bytes(text[1:] + text[:1])
+    refused(train("--run-dir", "run", "--val-data", "val.txt"), "began with other data")
     assert files("run") == before
 
 
@@ -209,8 +218,12 @@ def test_variables_left_in_the_shell(monkeypatch):
     assert config["wandb"] == "offline"
     assert config["wandb_project"] == "theirs"
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(train("--run-dir", "other"), "WORLD_SIZE is set, but no launcher")
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    trained("--run-dir", "other", *SHORT)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+        refused(train("--run-dir", "none"), "no launcher set RANK and WORLD_SIZE")
 
 
 # wandb

@@ -55,7 +55,11 @@ def test_notebook_is_the_script_and_shows_a_run():
 
 def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     cells = code_cells()
-    config, loop = find(cells, "open_run(Config())"), find(cells, "for step in todo:")
+    config = find(cells, "open_run(Config())")
+    model = find(cells, "class GPT")
+    optimizers = find(cells, "class Muon")
+    record = find(cells, "def resume():")
+    loop = find(cells, "for step in todo:")
     flags = {}
     for flag, value in zip(TINY[::2], TINY[1::2]):
         flags[flag[2:].replace("-", "_")] = int(value) if value.isdigit() else value
@@ -66,40 +70,52 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
         copy[config] = copy[config].replace("Config()", f"Config(**{values})")
         return copy
 
-    stopped = "# fails\n" + cells[loop].replace("stop_signal = 0", "stop_signal = signal.SIGINT")
-    typo = "# fails\n" + cells[loop].replace('text = f"loss', 'text = "" + typo + f"loss')
-    assert cells[loop] not in (stopped[8:], typo[8:])
-    whole = execute(
-        # run all; edit the config cell, run all, but interrupt the loop and run it again
-        cells_of("one")
-        + cells_of("two")[:loop]
+    def fails(cell, old="", new=""):
+        assert old in cell
+        return "# fails\n" + cell.replace(old, new)
+
+    stopped = fails(cells[loop], "stop_signal = 0", "stop_signal = signal.SIGINT")
+    typo = fails(cells[loop], "        optimizer.step()", "        optimizer.step(); typo")
+    one, two, three, four = (cells_of(name) for name in ("one", "two", "three", "four"))
+    printed = execute(
+        # run all; then the record's cell and all below it, without the config cell
+        one
+        + [fails(cells[record])]
+        # edit the config cell, run all, but interrupt the loop and run it again
+        + two[:loop]
         + [stopped]
-        + cells_of("two")[loop:]
+        + two[loop:]
         # interrupted, then all cells again
-        + cells_of("three")[:loop]
+        + three[:loop]
         + [stopped]
-        + cells_of("three")
-        # an error in the loop, mended, and only its cell again
-        + cells_of("four")[:loop]
-        + [typo]
-        + cells_of("four")[loop:]
+        + three
+        # an error between two optimizers; the model's cell alone again; its optimizers', too
+        + four[:loop]
+        + [typo, four[model], fails(four[loop]), four[optimizers]]
+        + four[loop:]
+        # the config cell, and then the loop's
+        + [cells_of("five")[config], fails(four[loop])]
         # a script inside the notebook has its own flags
-        + [f"%run {ROOT}/train.py {' '.join(TINY)} --run-dir five"]
+        + [f"%run {ROOT}/train.py {' '.join(TINY)} --run-dir six"]
     )
-    for run_dir in ("two", "three", "four", "five"):
+    for run_dir in ("two", "three", "four", "six"):
         assert metrics(run_dir) == metrics("one"), run_dir
         assert Path(run_dir, "sample.txt").exists()
         assert Path(run_dir, "result.json").exists()
-    assert "this cell again" in whole
-    assert json.loads(Path("five/meta.json").read_text())["script"] == "train.py"
+    assert os.listdir("five") == ["lock"]
+    assert "this cell again" in printed
+    assert "error: this run has begun already" in printed
+    assert "error: some weights of the model are in no optimizer" in printed
+    assert "error: this is a new run" in printed
+    assert json.loads(Path("six/meta.json").read_text())["script"] == "train.py"
 
     # the record of a notebook trains when it is run as a script
-    recorded = Path("one/train.py").read_text()
+    recorded = Path("three/train.py").read_text()
     assert recorded.count("for step in todo:") == 1
-    Path("again.py").write_text(recorded.replace("'run_dir': 'one'", "'run_dir': 'six'"))
+    Path("again.py").write_text(recorded.replace("'run_dir': 'three'", "'run_dir': 'again'"))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "again.py"], env=environment, check=True)
-    assert metrics("six") == metrics("one")
+    assert metrics("again") == metrics("one")
 
     # opened again: the weights are there, nothing is trained or written
     before = files("one")

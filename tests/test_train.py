@@ -474,7 +474,8 @@ def test_damaged_files_of_a_run(whole):
     damages = [
         ("checkpoint.pt", checkpoint[:5000], "cannot read run/checkpoint.pt"),
         ("checkpoint.pt", b"not a checkpoint", "cannot read run/checkpoint.pt"),
-        ("config.json", b'{"lr": ', "config.json is not a config of this code"),
+        ("config.json", b'{"lr": ', "cannot read run/config.json"),
+        ("meta.json", b"", "cannot read run/meta.json"),
         ("config.json", b'{"moments": 1}', "unexpected keyword argument 'moments'"),
     ]
     for name, content, words in damages:
@@ -522,8 +523,8 @@ BAD = {
     "short data": (["--data", "short.txt"], "too few", 1),
     "odd bin": (["--data", "odd.bin"], "uint16", 1),
     "ids beyond the vocabulary": (["--data", "large.bin"], "--vocab-size", 1),
-    "run_dir under a file": (["--run-dir", "data.txt/run"], "cannot be written", 1),
-    "long name": (["--run-dir", "x" * 300], "cannot be written", 1),
+    "run_dir under a file": (["--run-dir", "data.txt/run"], "cannot write to --run-dir", 1),
+    "long name": (["--run-dir", "x" * 300], "cannot write to --run-dir", 1),
     "no such device": (["--device", "cuda:9"], "--device cuda:9 is not here", 1),
     "no device at all": (["--device", "toaster"], "--device toaster is not here", 1),
     "no read permission": (["--data", "secret.txt"], "Permission denied", 1),
