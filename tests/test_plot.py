@@ -1,4 +1,4 @@
-"""plot.ipynb over run directories of every kind."""
+"""plot.ipynb over run directories of every kind, executed as a reader would."""
 
 import json
 import os
@@ -7,76 +7,227 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
+# a last cell that prints what was drawn in the second figure
+PROBE = """
+print("title", axis.get_title(loc="left"))
+for line in axis.lines:
+    if line.get_markersize() == 12:
+        print("ring", *line.get_xdata(), *line.get_ydata())
+print("crosses", axis.collections[-1].get_offsets().data.tolist())
+print("ticks", [tick.get_text() for tick in axis.get_xticklabels()])
+"""
 
-def run(name, steps=20, until=20, final=None, script="train.py", **config):
-    """A run directory as train.py leaves it."""
-    folder = Path("runs/a-sweep", name)
+
+def run(name, final=None, until=20, y="val_loss", script="train.py", code="", meta=None, **config):
+    """A run directory as train.py leaves it: finished, unfinished, or diverged without `final`."""
+    folder = Path("runs", name)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(dict(steps=steps, run_dir=str(folder), n_layer=4, **config)))
-    (folder / "meta.json").write_text(json.dumps(dict(command=f"{script} --lr 1")))
-    rows = [dict(step=i, tokens=i * 10, seconds=i * 0.5, train_loss=3 - i / 10, lr=config["lr"]) for i in range(until + 1)]
-    for row in rows[::10]:
-        row["val_loss"] = final if final and row["step"] == until else 3 - row["step"] / 20
-    if not final:
-        rows[-1]["train_loss"] = None
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if until == steps and final:
-        (folder / "sample.txt").write_text("text")
+    config = dict(steps=20, lr=0.01, seed=1, data="stdlib") | config | dict(run_dir=str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / script).write_text(code)
+    made = dict(script=script, python="3.11.7", data=[100, 10, 7]) | (meta or {})
+    (folder / "meta.json").write_text(json.dumps(made))
+
+    rows = []
+    for step in range(until + 1):
+        row = dict(step=step, tokens=10 * step, lr=0.1)
+        if step % 10 == 0:
+            row[y] = 3 - step / 20
+        if step == 20:
+            row[y] = final
+        else:
+            row["train_loss"] = 3 - step / 20
+        rows.append(row | dict(seconds=step / 2))
+    if final is None:
+        rows.append(dict(step=until, train_loss=None))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text)
+    if final is not None and until == 20:
+        result = {y: final, "train_seconds": 10 * final, "run_dir": str(folder)}
+        (folder / "result.json").write_text(json.dumps(result))
     return folder
 
 
-def execute(x="lr"):
-    """What the notebook prints and how many figures it draws."""
+def execute(probe="", **first_cell):
+    """Run all cells: what they print, the table, and how many figures there are."""
     notebook = nbformat.read(ROOT / "plot.ipynb", 4)
-    notebook.cells[1].source = notebook.cells[1].source.replace('x = "lr"', f'x = "{x}"')
+    edits = [f"{name} = {value!r}" for name, value in first_cell.items()]
+    notebook.cells[1].source += "\n" + "\n".join(edits)
+    notebook.cells.append(nbformat.v4.new_code_cell(probe))
     nbformat.write(notebook, "plot.ipynb")
-    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", "plot.ipynb"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # for config.py
-    assert done.returncode == 0, done.stderr
-    outputs = [output for cell in nbformat.read("plot.ipynb", 4).cells for output in cell.get("outputs", [])]
-    assert not [output for output in outputs if output.get("name") == "stderr"]
-    text = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
-    return text, sum("image/png" in output.get("data", {}) for output in outputs)
+    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
+    path = f".{os.pathsep}{ROOT}"  # for config.py
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(
+        [*command, "plot.ipynb"], capture_output=True, text=True, env=environment
+    )
+    if done.returncode != 0:
+        return done.stderr, [], 0
+
+    text, table, figures = "", [], 0
+    for cell in nbformat.read("plot.ipynb", 4).cells:
+        for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr", output
+            data = output.get("data", {})
+            text += output.get("text", "")
+            figures += "image/png" in data
+            if "text/html" in data:
+                lines = data["text/plain"].splitlines()
+                table = [line.split() for line in lines]
+    return text, table, figures
 
 
-def test_no_runs(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text, figures = execute()
-    assert "0 runs" in text and "no figure: lr does not vary" in text
 
 
-def test_a_run_that_ends_worse_than_it_began(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run("worse", lr=3.0, seed=1, final=283.0)
-    text, figures = execute()
-    assert figures == 1 and "1 runs; what varies: nothing" in text
-
-
-def test_runs_of_every_kind(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for seed in (1, 2):
-        run(f"muon-1-{seed}", optimizer="muon", lr=0.01, seed=seed, final=1.5 + seed / 10)
-        run(f"muon-2-{seed}", optimizer="muon", lr=0.1, seed=seed, final=1.9 + seed / 10)
-        run(f"adamw-1-{seed}", optimizer="adamw", lr=0.01, seed=seed, final=2.0 + seed / 10)
-    run("adamw-2-1", optimizer="adamw", lr=0.1, seed=1, until=7)  # diverged
-    going = run("adamw-3-1", optimizer="adamw", lr=0.001, seed=1, until=9, final=2.5)
+def test_a_sweep_and_every_odd_case():
+    for seed in [1, 2]:
+        run(f"sweep/muon-{seed}", 1.5 + seed / 10, optimizer="muon", seed=seed)
+        run(f"sweep/adamw-{seed}", 2.0 + seed / 10, optimizer="adamw", seed=seed)
+    run("sweep/muon-high-1", 1.1, optimizer="muon", lr=0.1)
+    run("sweep/muon-high-2", until=7, optimizer="muon", lr=0.1, seed=2)
+    run("sweep/adamw-higher", until=7, optimizer="adamw", lr=1)
+    going = run("going", 2.5, until=9, optimizer="adamw", lr=0.001)
     with open(going / "metrics.jsonl", "a") as f:
-        f.write('{"step": 10, "tok')  # torn
-    (run("half", optimizer="muon", lr=0.5, seed=1, final=1.0) / "config.json").write_text('{"steps"')
-    (run("begun", optimizer="muon", lr=0.5, seed=1, final=1.0) / "metrics.jsonl").write_text("")
-    text, figures = execute()
-    assert figures == 2 and "8 runs; what varies: optimizer, lr, seed" in text
-    assert "adamw-3-1: a torn line" in text and "adamw-3-1: stands at step 9 of 20" in text
-    assert "half: " in text and "begun: nothing measured yet" in text
-    table = text[text.index("seeds") :].splitlines()[1:]
-    rows = [line.split()[1:] for line in table if "muon" in line or "adamw" in line]
-    assert rows[0][:3] == ["muon", "0.01", "1.65"] and len(rows) == 4 and rows[0][-2:] == ["2", "0"]  # best first, seeds folded in
-    assert rows[-1][:3] == ["adamw", "0.10", "NaN"] and rows[-1][-1] == "1"
-    for name in ("curves", "summary"):
-        assert Path(f"runs/{name}.png").stat().st_size > 5000 and Path(f"runs/{name}.pdf").exists()
-    run("mine", optimizer="muon", lr=0.01, seed=1, final=1.55, script="mine.py", batch_size=32)  # 32 is what the others have by default
-    text, figures = execute(x="optimizer")  # a field of words
-    assert figures == 2 and "9 runs; what varies: optimizer, lr, script, seed" in text
+        f.write('{"step": 10, "tok')
+    (run("torn") / "config.json").write_text('{"steps"')
+    (run("fresh") / "metrics.jsonl").write_text("")
+    run("classifier", 0.9, y="accuracy")
+    run("again", 1.8, optimizer="muon")  # the config and seed of muon-1
+    run("mine", 1.65, optimizer="muon", script="mine.py")
+    run("other-data", 1.75, optimizer="muon", meta=dict(python="3.10.1", data=[90, 9, 5]))
+    (run("no-meta", 1.9, optimizer="muon") / "meta.json").unlink()
+    elsewhere = Path("runs").rename("elsewhere")
+    Path("runs").mkdir()
+    Path("runs/link").symlink_to(elsewhere.resolve())
+    Path("runs/circle").symlink_to(Path("runs").resolve())
+
+    text, table, figures = execute(PROBE, more=["train_seconds"])
+    assert figures == 2
+    assert "12 runs, told apart by lr, optimizer, script, data_version" in text
+    for line in [
+        "torn: not drawn: ",
+        "fresh: not drawn: nothing is measured yet",
+        "classifier: not drawn: it has no val_loss",
+        "going: metrics.jsonl ends in a torn line",
+        "going: unfinished at step 9 of 20",
+        "muon-high-2: diverged at step 7 of 20",
+        "adamw-higher: diverged at step 7 of 20",
+        "no-meta: no meta.json",
+        "python is 3.10.1 in 1 runs, such as runs/link/other-data",
+        "data_version is 3 in 1 runs, such as runs/link/other-data",
+    ]:
+        assert line in text
+    assert "again, runs/link/sweep/muon-1: one config and seed" in text
+
+    # best first: lr, optimizer, script, version of the data; mean, lowest, highest; seeds,
+    # diverged; train_seconds. The run that went twice is one seed: (1.6 + 1.8) / 2
+    rows = [" ".join(row[1:]) for row in table[1:]]
+    assert rows == [
+        "0.01 muon mine.py 1 1.65 1.65 1.65 1 0 16.5",
+        "0.01 muon train.py 1 1.70 1.70 1.70 2 0 17.0",
+        "0.01 muon train.py 3 1.75 1.75 1.75 1 0 17.5",
+        "0.01 muon None 2 1.90 1.90 1.90 1 0 19.0",
+        "0.01 adamw train.py 1 2.15 2.10 2.20 2 0 21.5",
+        "0.1 muon train.py 1 1.10 1.10 1.10 2 1 11.0",
+        "1 adamw train.py 1 NaN NaN NaN 1 1 NaN",
+    ]
+
+    # where a seed diverged there is a cross and no best, whatever the other seed came to
+    assert "ring 0.01 1.65\n" in text
+    assert "title best: 1.65, lr 0.01, optimizer muon, script mine.py" in text
+    assert "crosses [[0.1, " in text and "], [1.0, " in text
+    for name in ["curves", "summary"]:
+        assert Path(f"runs/{name}.png").stat().st_size > 5000
+        assert Path(f"runs/{name}.pdf").exists()
+
+
+def test_fields_of_any_type_and_the_highest_is_best():
+    for clip, accuracy in [(None, 0.6), (0.5, 0.7), (10, 0.9), (2, 0.8)]:
+        for flag in [None, True, False]:
+            bonus = 0.05 if flag else 0
+            fields = dict(clip=clip, flag=flag, betas=[1, 2])
+            run(f"{clip}-{flag}", accuracy + bonus, y="accuracy", **fields)
+    run("diverged", y="accuracy", clip=2.0, flag=True, betas=[3, 4])
+    text, table, figures = execute(PROBE, x="clip", hue="flag", best="max")
+    assert figures == 2
+    assert "13 runs, told apart by clip, flag, betas" in text
+    assert "title best: 0.95, clip 10, flag True, betas [1, 2]" in text
+    assert "ring 3.0 0.95" in text  # on the third place
+    assert "ticks ['0.5', '2', '10', 'None']" in text
+    assert "crosses [[2.0, " in text
+    assert [row[1:3] for row in table[1:5]] == [
+        ["10", "True"],
+        ["10", "False"],
+        ["10", "None"],
+        ["2", "True"],
+    ]
+    assert len(table) == 1 + 13
+
+
+def test_code_that_was_edited_between():
+    run("before", 283.0, code="a = 1")  # ends worse than it began
+    run("after", 1.5, code="a = 2")
+    run("other-seed", 1.7, code="a = 2", seed=2)
+    text, table, figures = execute()
+    assert figures == 2
+    assert "3 runs, told apart by lr, code" in text
+    assert [row[2:6] for row in table[1:]] == [
+        ["1", "1.6", "1.5", "1.7"],
+        ["2", "283.0", "283.0", "283.0"],
+    ]
+
+
+def test_runs_of_wandb():
+    run("local", 1.0)
+    Path("wandb.py").write_text(
+        """
+class Run:
+    def __init__(self, name, state, lr):
+        self.name, self.state = name, state
+        self.config = {"lr": lr, "steps": 1}
+        self.summary_metrics = {"val_loss": 2.5, "_runtime": 9}
+
+    def scan_history(self):
+        yield {"_step": 0, "step": 0, "lr": 0.1, "val_loss": 3.0, "train_loss": 3.0, "seconds": 0}
+        yield {"_step": 1, "step": 1, "lr": 0.1, "val_loss": 2.5, "seconds": 1}
+
+class Api:
+    def runs(self, path):
+        assert path == "me/gpt"
+        return [Run("one", "finished", 0.1), Run("two", "running", 0.2)]
+"""
+    )
+    text, table, figures = execute(wandb_path="me/gpt")
+    assert figures == 2 and "2 runs, told apart by lr" in text
+    assert "two: unfinished at step 1 of 1" in text
+    assert [row[1:3] for row in table[1:]] == [["0.1", "2.5"]]
+
+
+def test_one_run_that_goes_on():
+    run("going", 2.5, until=9)
+    text, table, figures = execute()
+    assert figures == 1 and "no second figure: no run is finished" in text
+    assert "1 runs" in text
+
+
+@pytest.mark.parametrize(
+    "cell, says",
+    [
+        (dict(y="val_los"), "y is 'val_los', but there is only: val_loss, train_loss"),
+        (dict(x="lrr"), "x is 'lrr', but there is only: lr, run_dir"),
+        (dict(folder="rnus"), "there is no folder 'rnus'"),
+    ],
+)
+def test_a_wrong_name(cell, says):
+    run("a", 1.5)
+    run("b", 1.5, lr=0.1)
+    text, table, figures = execute(**cell)
+    assert f"error: {says}" in text and figures == 0
+    assert not Path("rnus").exists()
