@@ -106,7 +106,7 @@ ASIDE = [
 ]  # fmt: skip
 
 own_source = Path(__file__).read_bytes()  # as it is imported
-locks = {}  # the lock files, open until the process ends
+locks = {}  # lock files, open as long as the process
 
 
 def open_run(defaults):
@@ -179,8 +179,10 @@ def open_run(defaults):
         )
     run = SimpleNamespace(dir=run_dir, state=state, notebook=notebook, code=code, meta=meta)
     if notebook:
-        run.first_cell = len(sys.modules["__main__"].In) - 1  # Jupyter's list of cells that ran
-    run.used = False  # The record cell sets it, so that one open_run serves one run.
+        # In is Jupyter's list of the cells that ran, this one the last of them.
+        run.first_cell = len(sys.modules["__main__"].In) - 1
+    # The record cell sets it, so that one open_run serves one run.
+    run.used = False
     return cfg, run
 
 

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 # %%
 # device and processes
-rank = int(os.environ.get("RANK") or 0)  # torchrun or slurm.sbatch sets these three
+# torchrun or slurm.sbatch sets these three.
+rank = int(os.environ.get("RANK") or 0)
 local_rank = int(os.environ.get("LOCAL_RANK") or 0)
 world_size = int(os.environ.get("WORLD_SIZE") or 1)
 
@@ -39,7 +40,7 @@ if cfg.device == "auto":
 if device_name == "cuda":
     device_name = f"cuda:{local_rank}"
 try:
-    device = torch.empty(1, device=device_name).device  # fails if there is no such device
+    device = torch.empty(1, device=device_name).device
 except (RuntimeError, AssertionError) as error:
     sys.exit(f"error: --device {cfg.device} is not here: {error}")
 on_cuda = device.type == "cuda"
@@ -58,15 +59,17 @@ if cfg.dtype == "auto":
     else:  # an older torch
         fast_bfloat16 = torch.cpu._is_amx_tile_supported()
     dtype_name = "bfloat16" if fast_bfloat16 else "float32"
-    dtype_name = run.meta.get("dtype", dtype_name)  # a resumed run goes on as it began
+    # A resumed run goes on as it began, wherever it is now.
+    dtype_name = run.meta.get("dtype", dtype_name)
 dtype = getattr(torch, dtype_name)
 
 compiling = cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)
 if compiling:
-    # Compile something tiny: what is missing for it should be missed here, not in the loop.
+    # Compile something tiny: if there is no C++ compiler, no Python.h, too old a card, it
+    # should fail here, not in the loop.
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception as error:  # no C++ compiler, no Python.h, an old card, ...
+    except Exception as error:
         if cfg.compile == "on":
             sys.exit(f"error: torch.compile fails, add --compile off: {error}")
         print(f"note: torch.compile fails here, so the run is slower: {error}")
@@ -134,7 +137,8 @@ def stdlib_source():
     leave_out = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
     files = []
     for folder, subfolders, names in os.walk(Path(os.__file__).parent):
-        subfolders[:] = set(subfolders) - leave_out  # in place: os.walk goes by it
+        # Changed in place, since os.walk goes by it.
+        subfolders[:] = set(subfolders) - leave_out
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     files.sort()
     np.random.default_rng(0).shuffle(files)  # the last tenth is like the rest
@@ -156,7 +160,8 @@ def get_batch(tokens, offsets):
         if not 0 <= id < cfg.vocab_size:
             sys.exit(f"error: token id {id} in the data, beyond --vocab-size {cfg.vocab_size}")
     ids = torch.from_numpy(ids.astype(np.int64))
-    if on_cuda:  # a copy from pinned memory goes on beside the computation
+    # On CUDA a copy from pinned memory goes on beside the computation.
+    if on_cuda:
         ids = ids.pin_memory()
     ids = ids.to(device, non_blocking=on_cuda)
     return ids[:, :-1], ids[:, 1:]
@@ -341,7 +346,7 @@ def lr_at(step):
 # the record: what a run writes, and how it resumes. An experiment seldom touches this
 if run.used:
     sys.exit("error: this run has begun already; run the config cell again, and all below it")
-recording = rank == 0 and run.state != "finished"  # a finished run is only looked at
+recording = rank == 0 and run.state != "finished"
 tracker = None  # wandb's run
 
 def write(name, data):
@@ -361,7 +366,8 @@ def save():
         return
     checkpoint = dict(model=model.state_dict(), updates=updates, seconds=seconds)
     checkpoint["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    buffer = io.BytesIO()  # in memory first: a full disk is then an OSError
+    # In memory first: a full disk is then an OSError.
+    buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write("checkpoint.pt", buffer.getvalue())
     write_cells()
@@ -440,7 +446,8 @@ def track(method, *args, **kwargs):
 
 def check_finite(values, step):
     if not all(math.isfinite(value) for value in values.values()):
-        log(dict(step=step, train_loss=None))  # how plot.ipynb knows: JSON has no NaN
+        # JSON has no NaN; None is how plot.ipynb knows of it.
+        log(dict(step=step, train_loss=None))
         sys.exit(f"error: not finite at step {step}: {values}; try an --lr below {cfg.lr:g}")
 
 before = run.meta.get("data", fingerprint)
@@ -485,7 +492,7 @@ if recording and cfg.wandb != "disabled":
 # loop
 @torch.no_grad()
 def evaluate():
-    # Measures by name, numbers, the one that matters first. The processes share the windows.
+    # Measures by name, as numbers, and first the one that matters. The processes share the work.
     total = torch.zeros((), device=device)
     for i in range(rank * micro_batch_size, n_val, world_size * micro_batch_size):
         offsets = val_offsets[i : i + micro_batch_size]
@@ -500,20 +507,21 @@ def on_signal(number, frame):
     global stop_signal
     stop_signal = number
 
-handlers = {}
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-    handlers[number] = signal.signal(number, on_signal)
+    signal.signal(number, on_signal)
 
-if run.notebook:  # this cell may run again: then it goes on as a script would, exactly
+# In a notebook this cell may run again: it goes on from the checkpoint, as a script would.
+if run.notebook:
     if not run.used:
         sys.exit("error: this is a new run; run the cells from the config cell down to this one")
     updates, seconds = resume()
 if recording:
     rewind(updates)
 todo = range(updates, cfg.steps + 1)
-if run.state == "finished":  # its weights are loaded, and nothing is left to do
+if run.state == "finished":
     todo = []
-interactive = run.notebook or sys.stderr.isatty()  # a log file gets lines instead of a bar
+# A log file gets lines instead of a bar.
+interactive = run.notebook or sys.stderr.isatty()
 hidden = not (recording and interactive)
 bar = tqdm(initial=updates, total=cfg.steps, disable=hidden)
 measures = {}
@@ -549,7 +557,8 @@ for step in todo:
     model.zero_grad()
     train_loss = torch.zeros((), device=device)
     for i, offsets in enumerate(train_offsets(step)):
-        if world_size > 1:  # processes exchange gradients once a step
+        # Processes exchange gradients once a step, after the last micro-batch.
+        if world_size > 1:
             train_model.require_backward_grad_sync = i == micro_steps - 1
         inputs, targets = get_batch(train_data, offsets)
         loss = train_model(inputs, targets) / micro_steps
@@ -570,7 +579,8 @@ for step in todo:
         check_finite(dict(train_loss=row["train_loss"]), step)
         log(row)
         text = f"loss {row['train_loss']:.3f}"
-        if evaluating or interactive:  # the bar keeps the last measures, a line has its own
+        # The bar shows the last measures, a line only those of its own step.
+        if evaluating or interactive:
             for name, value in measures.items():
                 text += f", {name} {value:.3f}"
         bar.set_postfix_str(text)
@@ -579,15 +589,21 @@ for step in todo:
 
 bar.close()
 model.eval()
-for number, handler in handlers.items():
-    signal.signal(number, handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()
 if stop:
     if rank == 0:
         print(f"stopped by {signal.Signals(stop).name} at step {step}, saved. To resume:")
-        print("this cell again" if run.notebook else run.meta["command"])
+        if run.notebook:
+            print("run this cell again")
+        elif world_size > 1:
+            print(f"the same line again, with --run-dir {cfg.run_dir}")
+        else:
+            print(run.meta["command"])
     # torchrun kills all at the first exit code that is not 0: it is rank 0's, so that it can
     # finish wandb.
     if rank == 0:

@@ -103,7 +103,7 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
         assert Path(run_dir, "sample.txt").exists()
         assert Path(run_dir, "result.json").exists()
     assert os.listdir("five") == ["lock"]
-    assert "this cell again" in printed
+    assert "run this cell again" in printed
     assert "error: this run has begun already" in printed
     assert "error: some weights of the model are in no optimizer" in printed
     assert "error: this is a new run" in printed

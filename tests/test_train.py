@@ -521,7 +521,7 @@ BAD = {
     "directory as data": (["--data", "."], "Is a directory", 1),
     "empty data": (["--data", "empty.txt"], "cannot read empty.txt", 1),
     "short data": (["--data", "short.txt"], "too few", 1),
-    "odd bin": (["--data", "odd.bin"], "uint16", 1),
+    "odd bin": (["--data", "odd.bin"], "cannot read odd.bin", 1),
     "ids beyond the vocabulary": (["--data", "large.bin"], "--vocab-size", 1),
     "run_dir under a file": (["--run-dir", "data.txt/run"], "cannot write to --run-dir", 1),
     "long name": (["--run-dir", "x" * 300], "cannot write to --run-dir", 1),
