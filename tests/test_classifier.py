@@ -1,13 +1,17 @@
 """Another kind of experiment, made from train.py by tests/classifier.patch, goes the whole way."""
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from test_plot import execute
 from test_train import (  # noqa: F401 (workdir is a fixture)
     ROOT,
+    TINY,
     TWO_PROCESSES,
     has_rows,
     kill,
@@ -21,7 +25,8 @@ from test_train import (  # noqa: F401 (workdir is a fixture)
     write_text,
 )
 
-FLAGS = ["--steps", 60, "--batch-size", 64, "--warmup", 0, "--lr", 1e-2, "--noise", 0.05]
+SHORT = ["--steps", 60, "--batch-size", 64, "--warmup", 0, "--noise", 0.05]
+FLAGS = [*SHORT, "--lr", 1e-2]
 
 
 @pytest.fixture
@@ -66,6 +71,40 @@ def test_classifier_trains_resumes_and_equals_itself_in_two_processes(mine):
     for row, other in zip(metrics("two"), metrics("one"), strict=True):
         # rounding, which training amplifies, and which moves some of the 2,000 points
         assert row == pytest.approx(other, rel=1e-3, abs=4e-3)
+
+
+def test_classifier_sweeps_and_is_drawn_by_edits_of_first_lines_alone(mine, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    text = (ROOT / "sweep.sh").read_text()
+    for old, new in [
+        ("python train.py", "python mine.py"),
+        ("best=min", "best=max"),
+        ("in muon adamw;", "in muon;"),
+        ("in 1e-3 3e-3 1e-2 3e-2 1e-1;", "in 1e-4 1e-2;"),
+        ("in 1 2;", "in 1;"),
+    ]:
+        assert old in text
+        text = text.replace(old, new)
+    Path("sweep.sh").write_text(text)
+    flags = [*TINY, *map(str, SHORT)]
+    sweep = subprocess.run(["bash", "sweep.sh", *flags], capture_output=True, text=True)
+    assert sweep.returncode == 0, sweep.stdout + sweep.stderr
+    folder = Path("runs/muon-or-adamw")
+    results = {}
+    for path in folder.glob("*/result.json"):
+        results[path.parent.name] = json.loads(path.read_text())["accuracy"]
+    first, second = "muon-lr1e-2-seed1", "muon-lr1e-4-seed1"
+    assert results[first] > results[second]
+    heading, *rows = sweep.stdout.splitlines()[-3:]
+    assert "accuracy" in heading
+    assert first in rows[0] and second in rows[1]
+
+    probe = "print(axis.get_title(loc='left'), axis.get_ylabel())"
+    text, table, figures = execute(probe, best="max")
+    assert figures == 2
+    assert f"{results[first]:.4g}, lr 0.01" in text
+    assert "accuracy" in text
+    assert [row[1] for row in table[1:]] == ["0.01", "0.0001"]
 
 
 def test_own_copy_of_config_with_a_field_of_any_type(mine):

@@ -1,5 +1,10 @@
-"""slurm.sbatch on a real Slurm: munged, slurmctld and slurmd of a two-node cluster on this machine, in a temporary folder."""
+"""slurm.sbatch, as it stands, on a real Slurm.
 
+munged, slurmctld and the slurmd of two nodes run on this machine, in a temporary folder. The
+GPUs are pretended: Slurm counts a device file for each and hands them out, the runs use the CPU.
+"""
+
+import contextlib
 import json
 import os
 import re
@@ -14,15 +19,24 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 os.environ["PATH"] += ":/usr/sbin"
-MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if not shutil.which(name)]
-REASON = f"needs Debian's slurm-wlm and munge (not here: {MISSING})" if MISSING else "needs root" if os.geteuid() else ""
+MISSING = [
+    name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if not shutil.which(name)
+]
+REASON = ""
+if MISSING:
+    REASON = f"needs Debian's slurm-wlm and munge (not here: {MISSING})"
+elif os.geteuid():
+    REASON = "needs root"
 assert not (REASON and os.environ.get("SLURM_TESTS") == "required"), REASON
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
-TINY = ("--data data.txt --n-layer 1 --n-head 1 --n-embd 16 --seq-len 32 --batch-size 8 --log-every 1 --eval-every 50 "
-        "--eval-tokens 1024 --save-every 1000 --sample-tokens 16 --device cpu --dtype float32 --wandb disabled").split()  # fmt: skip
+TINY = (
+    "--data data.txt --n-layer 1 --n-head 1 --n-embd 16 --seq-len 32 --batch-size 8 "
+    "--log-every 1 --eval-every 50 --eval-tokens 1024 --sample-tokens 16 "
+    "--device cpu --dtype float32 --wandb disabled"
+).split()
 HOST = socket.gethostname().split(".")[0]
-# pgid: a signal to a step reaches few of its processes, as on a cluster with cgroups
+GPUS = "/dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/ptmx".split()
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -35,7 +49,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldPidFile={folder}/slurmctld.pid
-ProctrackType=proctrack/pgid
+ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
@@ -45,9 +59,15 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1
 KillWait=10
-NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8
-NodeName=zz NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8
-PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+MaxArraySize=4
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=16 Gres=gpu:{gpus}
+NodeName=zz NodeAddr=127.0.0.1 Port={ports[2]} CPUs=16 Gres=gpu:{gpus}
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=grace Nodes=ALL MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -71,12 +91,17 @@ def wait_for(condition, seconds=120):
         time.sleep(0.2)
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A Slurm of two nodes, in whose folder lies a copy of the repo, edited for a partition with no GPU."""
-    folder = tmp_path_factory.mktemp("slurm")
+@contextlib.contextmanager
+def slurm(folder, proctrack):
+    """A Slurm of two nodes that follows the processes of a job in one of its ways."""
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=HOST, ports=ports(3)))
+    conf = CONF.format(
+        folder=folder, host=HOST, ports=ports(3), proctrack=proctrack, gpus=len(GPUS)
+    )
+    (folder / "slurm.conf").write_text(conf)
+    gres = [f"NodeName={node} Name=gpu File={gpu}\n" for node in (HOST, "zz") for gpu in GPUS]
+    (folder / "gres.conf").write_text("".join(gres))
+    (folder / "cgroup.conf").write_text("CgroupAutomount=yes\nCgroupPlugin=cgroup/v1\n")
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
     folder.chmod(0o755)
@@ -87,112 +112,246 @@ def cluster(tmp_path_factory):
 
     def daemon(*command):
         log = open(folder / f"{len(daemons)}-{command[0]}.log", "w")
-        daemons.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        daemons.append(process)
 
-    files = [f"--{name}={folder}/munge.{end}" for name, end in [("socket", "socket"), ("key-file", "key"), ("log-file", "log"),
-                                                               ("pid-file", "pid"), ("seed-file", "seed")]]  # fmt: skip
+    files = [
+        f"--socket={folder}/munge.socket",
+        f"--key-file={folder}/munge.key",
+        f"--log-file={folder}/munge.log",
+        f"--pid-file={folder}/munge.pid",
+        f"--seed-file={folder}/munge.seed",
+    ]
     daemon("munged", "--foreground", "--force", "--num-threads=2", *files)
     wait_for((folder / "munge.socket").exists)
     daemon("slurmctld", "-D")
     daemon("slurmd", "-D", "-N", HOST)
     daemon("slurmd", "-D", "-N", "zz")
-    repo = folder / "repo"
-    repo.mkdir()
-    for name in ("train.py", "config.py", "sweep.sh", "slurm.sbatch"):
-        shutil.copy(ROOT / name, repo)
-    shutil.copytree(ROOT / "logs", repo / "logs")
-    batch = re.sub("#SBATCH --gpus-per-node.*\n", "", (repo / "slurm.sbatch").read_text())
-    (repo / "slurm.sbatch").write_text(batch.replace("--cpus-per-task=4", "--cpus-per-task=1"))
-    (repo / "data.txt").write_bytes(Path(os.__file__).parent.joinpath("argparse.py").read_bytes())
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    os.environ["OMP_NUM_THREADS"] = "1"
-    before = Path.cwd()
-    os.chdir(repo)
+
+    def up():
+        sinfo = ["sinfo", "-h", "-p", "gpu", "-o", "%D %t"]
+        return subprocess.run(sinfo, capture_output=True, text=True).stdout == "2 idle\n"
+
     try:
-        wait_for(lambda: subprocess.run(["sinfo", "-h", "-o", "%D %t"], capture_output=True, text=True).stdout == "2 idle\n", 60)
-        yield repo
+        wait_for(up, 60)
+        yield
     finally:
+        os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
         subprocess.run(["scancel", "--user=root"])
-        time.sleep(1)
+        wait_for(lambda: not shell("squeue", "-h"), 30)
         for process in reversed(daemons):
             process.terminate()
             process.wait(20)
-        os.chdir(before)
+
+
+def copy_repo(repo):
+    repo.mkdir()
+    for name in ("train.py", "config.py", "sweep.sh", "slurm.sbatch"):
+        shutil.copy(ROOT / name, repo)
+    (repo / "data.txt").write_bytes(Path(os.__file__).with_name("argparse.py").read_bytes())
+    if Path(sys.prefix, "bin/activate").exists():
+        (repo / ".venv").symlink_to(sys.prefix)
+    # the same at a pace that leaves time to disturb it
+    text = (repo / "train.py").read_text()
+    assert text.count("    # Report.\n") == 1
+    pace = '    time.sleep(float(os.environ.get("PACE", 0.05)))\n'
+    text = text.replace("    # Report.\n", pace + "    # Report.\n")
+    (repo / "paced.py").write_text(text)
+    # the same, but a process fails: in the fifth step, or before they have met
+    text = text.replace("    # Report.\n", "    assert step < 5 or rank != 1\n    # Report.\n")
+    (repo / "failing.py").write_text(text)
+    text = text.replace("torch.manual_seed", "assert rank != 1\ntorch.manual_seed", 1)
+    (repo / "stillborn.py").write_text(text)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """As on a cluster's login node, with one CPU for each GPU: there are but a few."""
+    before = Path.cwd(), dict(os.environ)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    os.environ["SBATCH_CPUS_PER_GPU"] = "1"
+    yield
+    os.chdir(before[0])
+    os.environ.clear()
+    os.environ.update(before[1])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slurm")
+    copy_repo(folder / "repo")
+    os.chdir(folder / "repo")
+    with slurm(folder, "linuxproc"):
+        yield
 
 
 def sbatch(*flags):
     return shell("sbatch", "--parsable", *flags).strip()
 
 
-def state(job):
+def states(job):
     return re.findall(r"JobState=(\w+)", shell("scontrol", "show", "job", job))
 
 
 def ended(job):
-    wait_for(lambda: all(s in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") for s in state(job)), 240)
-    return state(job)
+    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    wait_for(lambda: all(state in over for state in states(job)), 240)
+    return states(job)
+
+
+def restarts(job):
+    return int(re.search(r"Restarts=(\d+)", shell("scontrol", "show", "job", job))[1])
+
+
+def log(job):
+    return Path(f"slurm-{job}.log").read_text()
 
 
 def metrics(run_dir):
-    rows = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
+    path = Path(run_dir, "metrics.jsonl")
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def test_one_run_and_its_log(cluster):
-    job = sbatch("slurm.sbatch", *TINY, "--steps", 20)
-    assert ended(job) == ["COMPLETED"], Path(f"logs/gpt-{job}.log").read_text()
-    log = Path(f"logs/gpt-{job}.log").read_text()
-    assert log.startswith("train.py --data") and f"--run-dir runs/gpt-{job}\njob {job}, start 0, on " in log and "commit" in log
-    assert len(metrics(f"runs/gpt-{job}")) == 21
+def trains(job, name="gpt", starts=0):
+    """Wait until the job has been started so many times again, and then until it takes steps."""
+    wait_for(lambda: restarts(job) >= starts and states(job) == ["RUNNING"])
+    run_dir = f"runs/{name}-{job}"
+    there = len(metrics(run_dir))
+    wait_for(lambda: len(metrics(run_dir)) > there + 5)
 
 
-def test_requeued_and_time_limited_runs_equal_an_uninterrupted_one(cluster):
-    steps = ("--steps", 12000)
-    whole = sbatch("--job-name=whole", "slurm.sbatch", *TINY, *steps)
-    limited = sbatch("--job-name=limited", "--time=1", "--signal=B:USR1@50", "slurm.sbatch", *TINY, *steps)
-    requeued = sbatch("--job-name=requeued", "slurm.sbatch", *TINY, *steps, "--save-every", 500)
-    wait_for(Path(f"runs/requeued-{requeued}/checkpoint.pt").exists)
+def test_a_run_its_log_and_what_can_be_wrong(cluster, tmp_path):
+    os.environ["SBATCH_EXPORT"] = "NONE"
+    plain = sbatch("--job-name=a/b c", "slurm.sbatch", *TINY, "--steps", 20)
+    del os.environ["SBATCH_EXPORT"]
+    named = sbatch("slurm.sbatch", "train.py", *TINY, "--steps", 20, "--run_dir", "runs/mine")
+    tasks = sbatch("--ntasks=2", "slurm.sbatch", *TINY)
+    typo = sbatch("slurm.sbatch", "--lrr", 1)
+    away = sbatch(f"--chdir={tmp_path}", "slurm.sbatch", *TINY)
+    for job in (plain, named):
+        assert ended(job) == ["COMPLETED"], log(job)
+    assert len(metrics(f"runs/a/b c-{plain}")) == len(metrics("runs/mine")) == 21
+    assert log(plain).startswith("python train.py --run-dir runs/a/b\\ c-")
+    assert f"\njob {plain}, start 0, on " in log(plain) and "commit" in log(plain)
+    for job in (tasks, typo, away):
+        assert ended(job) == ["FAILED"]
+    assert "error: 2 tasks for 1 GPUs" in log(tasks)
+    assert "Unrecognized options: --lrr" in log(typo)
+    assert "error: no train.py in" in (tmp_path / f"slurm-{away}.log").read_text()
+
+
+def test_disturbed_runs_end_with_the_numbers_of_a_whole_one(cluster):
+    run = ("slurm.sbatch", "paced.py", *TINY, "--steps", 300)
+    here = f"--nodelist={HOST}"
+    both = sbatch("--nodes=2", *run)
+    preempted = sbatch("--nodelist=zz", *run)
+    graceful = sbatch("--nodelist=zz", "--partition=grace", *run)
+    # Slurm looks at the time limits twice a minute
+    limited = sbatch(here, "--time=1", "--signal=USR1@50", "--export=ALL,PACE=0.16", *run)
+    requeued = sbatch(here, *run)
+    whole = sbatch(here, *run)
+    pair = sbatch(here, "--gpus-per-node=2", *run)  # as many processes as `both`
+    for job in (both, requeued, preempted, graceful):
+        trains(job)
     shell("scontrol", "requeue", requeued)
-    for job, name in ((whole, "whole"), (limited, "limited"), (requeued, "requeued")):
-        assert ended(job) == ["COMPLETED"], Path(f"logs/{name}-{job}.log").read_text()
-    assert metrics(f"runs/limited-{limited}") == metrics(f"runs/requeued-{requeued}") == metrics(f"runs/whole-{whole}")
-    log = Path(f"logs/limited-{limited}.log").read_text()
-    assert "stopped by SIGUSR1 at step" in log and f"requeued to go on; scancel {limited} ends it" in log
-    assert "Restarts=0" not in shell("scontrol", "show", "job", limited)
-    assert "start 1" in Path(f"logs/requeued-{requeued}.log").read_text()
+    urgent = sbatch("--partition=urgent", "--nodelist=zz", "--exclusive", "--wrap", "sleep 1")
+    assert ended(urgent) == ["COMPLETED"]
+    for job in (preempted, graceful, both):
+        trains(job, starts=1)
+    shell("scancel", "--signal=USR1", both)  # as near the time limit
+    trains(both, starts=2)
+    shell("scontrol", "update", "nodename=zz", "state=down", "reason=test")
+    wait_for(lambda: restarts(both) == 3)
+    resume = ["scontrol", "update", "nodename=zz", "state=resume"]
+    subprocess.run(resume, stderr=subprocess.DEVNULL)  # it may be back already
+
+    for job in (whole, limited, requeued, preempted, graceful):
+        assert ended(job) == ["COMPLETED"], log(job)
+        assert metrics(f"runs/gpt-{job}") == metrics(f"runs/gpt-{whole}")
+        assert f"start {restarts(job)}, on " in log(job)
+    assert len(metrics(f"runs/gpt-{whole}")) == 301 and restarts(whole) == 0
+    assert "stopped by SIGUSR1 at step" in log(limited)
+    assert f"requeued to go on; scancel {limited} ends it" in log(limited)
+    assert "stopped by SIGTERM at step" in log(preempted)
+    assert f"requeued to go on; scancel {graceful} ends it" in log(graceful)
+
+    assert ended(both) == ended(pair) == ["COMPLETED"], log(both)
+    assert f"on {HOST},zz" in log(both)
+    assert log(both).count("stopped by SIGUSR1") == 1 and "stopped by SIGTERM" in log(both)
+    assert metrics(f"runs/gpt-{both}") == metrics(f"runs/gpt-{pair}")
+    for row, other in zip(metrics(f"runs/gpt-{pair}")[:20], metrics(f"runs/gpt-{whole}")):
+        assert row == pytest.approx(other, rel=1e-3)  # float rounding, which training amplifies
 
 
-def test_failing_run_is_not_requeued_and_scancel_ends_one(cluster):
-    failing = sbatch("slurm.sbatch", *TINY, "--data", "nowhere.txt")
-    running = sbatch("slurm.sbatch", *TINY, "--steps", 1000000)
-    wait_for(lambda: Path(f"runs/gpt-{running}/metrics.jsonl").exists() and len(metrics(f"runs/gpt-{running}")) > 3)
-    shell("scancel", running)
-    assert ended(running) == ["CANCELLED"] and ended(failing) == ["FAILED"]
-    assert "Restarts=0" in shell("scontrol", "show", "job", failing)
-    assert "No such file or directory: 'nowhere.txt'" in Path(f"logs/gpt-{failing}.log").read_text()
-    wait_for(Path(f"runs/gpt-{running}/checkpoint.pt").exists, 20)  # saved all the same
-    assert "requeued to go on" not in Path(f"logs/gpt-{running}.log").read_text()
+def test_a_failure_or_scancel_ends_a_job(cluster):
+    os.environ["SLURM_WAIT"] = "5"
+    failing = sbatch("--gpus-per-node=2", "slurm.sbatch", "failing.py", *TINY)
+    stillborn = sbatch("--gpus-per-node=2", "slurm.sbatch", "stillborn.py", *TINY)
+    del os.environ["SLURM_WAIT"]
+    run = ("slurm.sbatch", "paced.py", *TINY, "--steps", 5000)
+    refused = sbatch("--no-requeue", *run)
+    cancelled = sbatch(*run)
+    trains(refused)
+    trains(cancelled)
+    shell("scancel", "--signal=USR1", refused)
+    shell("scancel", cancelled)
+    for job in (failing, stillborn, refused):
+        assert ended(job) == ["FAILED"] and restarts(job) == 0, log(job)
+        assert "requeued to go on" not in log(job)
+    assert "AssertionError" in log(failing)
+    again = f"to go on: sbatch slurm.sbatch paced.py --run-dir runs/gpt-{refused} --data"
+    assert again in log(refused)
+    assert ended(cancelled) == ["CANCELLED"] and restarts(cancelled) == 0
+    wait_for(Path(f"runs/gpt-{cancelled}/checkpoint.pt").exists, 20)  # saved all the same
+    assert "requeued to go on" not in log(cancelled)
 
 
-def test_array_of_a_sweep(cluster):
-    text = Path("sweep.sh").read_text().replace("1e-3 3e-3 1e-2 3e-2 1e-1", "1e-3 1e-2").replace("seed in 1 2", "seed in 1")
+def test_a_sweep_is_arrays_and_can_grow_while_they_wait(cluster):
+    text = Path("sweep.sh").read_text()
+    text = text.replace("1e-3 3e-3 1e-2 3e-2 1e-1", "1e-3 1e-2").replace("in 1 2", "in 1")
     Path("sweep.sh").write_text(text)
-    job = shell("bash", "sweep.sh", "slurm", *TINY, "--steps", 20).split()[-1]
-    assert ended(job) == ["COMPLETED"] * 4
-    assert {path.parent.name for path in Path("runs/muon-or-adamw").glob("*/sample.txt")} == {
-        "muon-lr1e-3-seed1", "muon-lr1e-2-seed1", "adamw-lr1e-3-seed1", "adamw-lr1e-2-seed1"}  # fmt: skip
-    assert len(list(Path("logs").glob(f"muon-or-adamw-{job}_*.log"))) == 4
+    sweep = ("bash", "sweep.sh", "slurm", "--partition=grace", "--hold", "--", *TINY, "--steps", 20)
+    os.environ["JOBS"] = "2"
+    out = shell(*sweep)
+    del os.environ["JOBS"]
+    jobs = re.findall("Submitted batch job (.*)", out)  # two arrays: 3 rows each at most
+    assert len(jobs) == 2 and "0 of 4 runs are finished or in the queue" in out
+    rows = shell("scontrol", "show", "job", jobs[0])
+    assert "ArrayTaskId=1-3%2" in rows and "Partition=grace" in rows
+    assert f"Dependency=afterany:{jobs[0]}" in shell("scontrol", "show", "job", jobs[1])
+    Path("sweep.sh").write_text(text.replace("1e-3 1e-2", "1e-3 3e-3 1e-2"))
+    out = shell(*sweep)
+    assert "4 of 6 runs are finished or in the queue" in out
+    jobs += re.findall("Submitted batch job (.*)", out)
+    shell("scontrol", "release", *jobs)
+    assert [ended(job) for job in jobs] == [["COMPLETED"] * 3, ["COMPLETED"], ["COMPLETED"] * 2]
+    assert len(list(Path("runs/muon-or-adamw").glob("*/result.json"))) == 6
+    assert Path(f"runs/muon-or-adamw/slurm-{jobs[0]}_3.log").exists()
+    assert "6 of 6 runs are finished" in shell(*sweep)
+    table = shell("bash", "sweep.sh", "table").splitlines()
+    assert table[0].startswith("val_loss") and len(table) == 7 and table[1] < table[6]
 
 
-def test_two_nodes_are_one_run_and_stop_together(cluster):
-    one = sbatch("--job-name=one", "slurm.sbatch", *TINY, "--steps", 2000)
-    two = sbatch("--job-name=two", "--nodes=2", "slurm.sbatch", *TINY, "--steps", 2000)
-    wait_for(lambda: Path(f"runs/two-{two}/metrics.jsonl").exists() and len(metrics(f"runs/two-{two}")) > 30)
-    shell("scancel", "--batch", "--signal=USR1", two)  # as near the time limit
-    assert ended(one) == ended(two) == ["COMPLETED"], Path(f"logs/two-{two}.log").read_text()
-    log = Path(f"logs/two-{two}.log").read_text()
-    assert f"on {HOST},zz" in log and "start 1" in log and log.count("stopped by SIGUSR1") == 1
-    theirs, ours = metrics(f"runs/one-{one}"), metrics(f"runs/two-{two}")
-    assert [row["step"] for row in ours] == list(range(2001))
-    for row, other in zip(ours[:20], theirs):  # float rounding, which training amplifies
-        assert row == pytest.approx(other, rel=1e-3)
+@pytest.mark.parametrize("proctrack", ["pgid", "cgroup"])
+def test_other_ways_to_follow_processes(proctrack, tmp_path_factory):
+    """A signal reaches other processes of a job; the first cluster's way is linuxproc."""
+    if proctrack == "cgroup" and not os.access("/sys/fs/cgroup/freezer", os.W_OK):
+        pytest.skip("needs cgroups")
+    folder = tmp_path_factory.mktemp(proctrack)
+    copy_repo(folder / "repo")
+    os.chdir(folder / "repo")
+    with slurm(folder, proctrack):
+        run = ("slurm.sbatch", "paced.py", *TINY, "--steps", 60)
+        warned = sbatch("--gpus-per-node=2", *run)
+        cancelled = sbatch(*run[:-1], 5000)
+        trains(warned)
+        shell("scancel", "--signal=USR1", warned)
+        trains(cancelled)
+        shell("scancel", cancelled)
+        assert ended(warned) == ["COMPLETED"] and restarts(warned) == 1, log(warned)
+        assert len(metrics(f"runs/gpt-{warned}")) == 61
+        assert ended(cancelled) == ["CANCELLED"]
+        wait_for(Path(f"runs/gpt-{cancelled}/checkpoint.pt").exists, 20)
+        assert restarts(cancelled) == 0
