@@ -33,6 +33,7 @@ def execute(sources):
     nbformat.write(notebook, "cells.ipynb")
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for config.py
+    environment["JPY_SESSION_NAME"] = "/somewhere/mine.ipynb"  # as JupyterLab sets it
     done = subprocess.run(
         [*command, "cells.ipynb"], capture_output=True, text=True, env=environment
     )
@@ -110,7 +111,8 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     assert json.loads(Path("six/meta.json").read_text())["script"] == "train.py"
 
     # the record of a notebook trains when it is run as a script
-    recorded = Path("three/train.py").read_text()
+    assert json.loads(Path("three/meta.json").read_text())["script"] == "mine.ipynb"
+    recorded = Path("three/mine.py").read_text()
     assert recorded.count("for step in todo:") == 1
     Path("again.py").write_text(recorded.replace("'run_dir': 'three'", "'run_dir': 'again'"))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
