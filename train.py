@@ -500,6 +500,9 @@ def evaluate():
         total += model(inputs, targets) * len(offsets)
     return dict(val_loss=all_reduce(total).item() / n_val)
 
+def in_words(values):
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+
 # Ctrl-C, kill, Slurm's warning: the loop finishes its step, saves and stops.
 stop_signal = 0
 
@@ -550,6 +553,7 @@ for step in todo:
         clock = time.perf_counter()
     if last:
         log(row)
+        bar.set_postfix_str(in_words(measures))
     if last or stop:
         break
 
@@ -578,11 +582,11 @@ for step in todo:
         row["seconds"] = seconds + time.perf_counter() - clock
         check_finite(dict(train_loss=row["train_loss"]), step)
         log(row)
-        text = f"loss {row['train_loss']:.3f}"
+        shown = {"loss": row["train_loss"]}
         # The bar shows the last measures, a line only those of its own step.
         if evaluating or interactive:
-            for name, value in measures.items():
-                text += f", {name} {value:.3f}"
+            shown |= measures
+        text = in_words(shown)
         bar.set_postfix_str(text)
         if recording and not interactive:
             print(f"step {step}/{cfg.steps}, {text}", flush=True)
@@ -627,13 +631,13 @@ if recording and cfg.sample_tokens > 0:
     write("sample.txt", str(sample).encode())
     track("log", dict(sample=str(sample)), step=step)
     # An untrained model may write control characters, which a terminal would obey.
-    shown = ""
+    plain = ""
     for character in str(sample):
         if character.isprintable() or character in "\n\t":
-            shown += character
+            plain += character
         else:
-            shown += "?"
-    print(shown)
+            plain += "?"
+    print(plain)
 
 # %%
 # the result

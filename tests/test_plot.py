@@ -142,7 +142,8 @@ def test_a_sweep_and_every_odd_case():
 
     # where a seed diverged there is a cross and no best, whatever the other seed came to
     assert "ring 0.01 1.65\n" in text
-    assert "title best: 1.65, lr 0.01, optimizer muon, data_version [100, 10, 7], code mine.py" in text
+    setting = "lr 0.01, optimizer muon, data_version [100, 10, 7], code mine.py"
+    assert f"title best: 1.65, {setting}" in text
     assert "crosses [[0.1, " in text and "], [1.0, " in text
     for name in ["curves", "summary"]:
         assert Path(f"runs/{name}.png").stat().st_size > 5000
