@@ -104,7 +104,7 @@ def test_classifier_sweeps_and_is_drawn_by_edits_of_first_lines_alone(mine, monk
     assert figures == 2
     assert f"{results[first]:.4g}, lr 0.01" in text
     assert "accuracy" in text
-    assert [row[1] for row in table[1:]] == ["0.01", "0.0001"]
+    assert [float(row[1]) for row in table[1:]] == [0.01, 0.0001]
 
 
 def test_own_copy_of_config_with_a_field_of_any_type(mine):

@@ -28,7 +28,10 @@ if MISSING:
 elif os.geteuid():
     REASON = "needs root"
 assert not (REASON and os.environ.get("SLURM_TESTS") == "required"), REASON
-pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+pytestmark = [
+    pytest.mark.skipif(bool(REASON), reason=REASON),
+    pytest.mark.xdist_group("one cluster"),
+]
 
 TINY = (
     "--data data.txt --n-layer 1 --n-head 1 --n-embd 16 --seq-len 32 --batch-size 8 "
