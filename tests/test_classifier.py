@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from test_train import (  # noqa: F401 (workdir is a fixture)
     ROOT,
     TINY,
     TWO_PROCESSES,
+    copy_code,
     has_rows,
     kill,
     metrics,
@@ -32,8 +32,7 @@ FLAGS = [*SHORT, "--lr", 1e-2]
 @pytest.fixture
 def mine(workdir):  # noqa: F811
     """mine.py: train.py after the patch, beside config.py."""
-    for name in ("config.py", "train.py"):
-        shutil.copy(ROOT / name, name)
+    copy_code()
     patch = ROOT / "tests/classifier.patch"
     assert patch.read_text().count("\n@@ ") <= 10
     subprocess.run(["patch", "-s", "train.py", "-o", "mine.py", patch], check=True)

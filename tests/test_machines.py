@@ -14,6 +14,7 @@ import pytest
 from test_train import (  # noqa: F401 (workdir is a fixture)
     ROOT,
     TINY,
+    copy_code,
     files,
     has_rows,
     kill,
@@ -33,12 +34,6 @@ def with_header(magic, version, ids):
     header = np.zeros(256, np.int32)
     header[:3] = magic, version, len(ids)
     return header.tobytes() + ids.tobytes()
-
-
-def copy_code(folder="."):
-    Path(folder).mkdir(exist_ok=True)
-    for name in ("train.py", "config.py"):
-        shutil.copy(ROOT / name, folder)
 
 
 # data

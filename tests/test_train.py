@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,13 @@ def workdir(tmp_path, monkeypatch):
 
 def write_text():
     Path("data.txt").write_bytes(Path(os.__file__).parent.joinpath("argparse.py").read_bytes())
+
+
+def copy_code(folder="."):
+    """A train.py and a config.py that a test may edit."""
+    Path(folder).mkdir(exist_ok=True)
+    for name in ("train.py", "config.py"):
+        shutil.copy(ROOT / name, folder)
 
 
 def start(*flags, script=ROOT / "train.py", launcher=(), **kwargs):
@@ -304,8 +312,7 @@ def test_resume_on_other_data_is_refused():
 
 
 def test_resume_after_an_edit_of_the_model_shows_all_that_torch_says():
-    for name in ("train.py", "config.py"):
-        Path(name).write_text((ROOT / name).read_text())
+    copy_code()
     first = start("--run-dir", "run", script="train.py")
     wait_until(first, Path("run/checkpoint.pt").exists)
     kill(first)
@@ -317,8 +324,7 @@ def test_resume_after_an_edit_of_the_model_shows_all_that_torch_says():
 
 
 def test_resume_after_an_edit_of_an_option_trains_by_the_edited_code():
-    for name in ("train.py", "config.py"):
-        Path(name).write_text((ROOT / name).read_text())
+    copy_code()
     first = start("--run-dir", "run", script="train.py")
     wait_until(first, Path("run/checkpoint.pt").exists)
     kill(first)
