@@ -156,7 +156,7 @@ def open_run(defaults):
     except (OSError, RuntimeError) as error:
         sys.exit(f"error: cannot write to --run-dir {cfg.run_dir}: {error}")
     if state != "new":
-        compare(cfg, code, run_dir)
+        compare(cfg, code, run_dir, rank)
     if state == "finished" and rank == 0:
         result = read_json(run_dir / "result.json")
         name, value = next(iter(result.items()))
@@ -211,7 +211,7 @@ def enter(run_dir, rank):
     return state
 
 
-def compare(cfg, code, run_dir):
+def compare(cfg, code, run_dir, rank):
     """An error if the run there is another experiment, a note if its code was other code."""
     before = vars(type(cfg).load(run_dir))
     differ = ""
@@ -224,7 +224,7 @@ def compare(cfg, code, run_dir):
         sys.exit(f"error: {run_dir} is another run: {differ}name another --run-dir")
     for name, content in code.items():
         copy = run_dir / name
-        if copy.exists() and copy.read_bytes() != content:
+        if rank == 0 and copy.exists() and copy.read_bytes() != content:
             print(f"note: the code has changed since this run, see {copy}")
 
 
