@@ -72,7 +72,8 @@ if compiling:
     except Exception as error:
         if cfg.compile == "on":
             sys.exit(f"error: torch.compile fails, add --compile off: {error}")
-        print(f"note: torch.compile fails here, so the run is slower: {error}")
+        if rank == 0:
+            print(f"note: torch.compile fails here, so the run is slower: {error}")
         compiling = False
 
 # the processes share the batch, and each takes its share in micro-batches
@@ -557,7 +558,9 @@ for step in todo:
     if last or stop:
         break
 
-    # One step: the loss and its gradient over the micro-batches, then the update.
+    # One step: the loss and its gradient over the micro-batches, then the update. Whatever is
+    # random in the model, such as dropout, depends on seed, step and process alone.
+    torch.manual_seed(cfg.seed + step * world_size + rank)
     model.zero_grad()
     train_loss = torch.zeros((), device=device)
     for i, offsets in enumerate(train_offsets(step)):
@@ -648,6 +651,8 @@ if recording:
         train_seconds=seconds,
         tokens_per_second=step * tokens_per_step / seconds,
         parameters=sum(p.numel() for p in model.parameters()),
+        device=str(device),
+        dtype=dtype_name,
         run_dir=str(run.dir),
     )
     write_cells()

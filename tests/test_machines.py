@@ -99,7 +99,55 @@ def test_resume_on_other_data_of_the_same_size_is_refused(name):
     assert files("run") == before
 
 
+def test_stdlib_of_another_python_is_other_data(monkeypatch):
+    """A Python is where os.py lies: here a folder with copies of some of its files."""
+    library = Path(os.__file__).parent
+    Path("lib").mkdir()
+    for name in ["os.py", "argparse.py", "ast.py"]:
+        shutil.copy(library / name, "lib")
+    here = str(Path("lib/os.py").resolve())
+    Path("sitecustomize.py").write_text(f"import os\nos.__file__ = {here!r}\n")
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    flags = ["--run-dir", "run", "--data", "stdlib"]
+    first = start(*flags)
+    wait_until(first, lambda: has_rows("run", 3))
+    kill(first)
+    Path("lib/ast.py").write_text("newer = True\n")
+    refused(train(*flags), "began with other data")
+    Path("run").rename("older")
+    trained(*flags, *SHORT)
+    sizes = [json.loads(Path(run, "meta.json").read_text())["data"] for run in ("older", "run")]
+    assert sizes[0] != sizes[1]
+
+
 # disks and names
+
+
+def without_roots_rights(*command):
+    """The command, which even as root may not pass over the permissions of files."""
+    if os.geteuid() != 0:
+        return command
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+
+
+def test_what_may_not_be_read_entered_or_written():
+    Path("secret.txt").write_bytes(b"x" * 10000)
+    Path("secret.txt").chmod(0)
+    Path("closed").mkdir(mode=0)
+    Path("read-only").mkdir(mode=0o555)
+    cases = [
+        (["--data", "secret.txt", "--run-dir", "run"], "Permission denied: 'secret.txt'"),
+        (["--run-dir", "closed"], "cannot write to --run-dir closed"),
+        (["--run-dir", "closed/run"], "cannot write to --run-dir closed/run"),
+        (["--run-dir", "read-only/run"], "cannot write to --run-dir read-only/run"),
+        (["--run-dir", "run", "--init-from", "closed"], "cannot read closed/checkpoint.pt"),
+    ]
+    for flags, words in cases:
+        command = without_roots_rights(sys.executable, ROOT / "train.py", *TINY, *flags)
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("number", [37, 38, 95])
@@ -232,6 +280,35 @@ def test_wandb_is_not_installed(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     process = trained("--run-dir", "run", "--wandb", "offline", *SHORT)
     assert "note: wandb failed, training goes on: No module named wandb" in process.out
+
+
+def test_wandbs_service_may_not_be_executed(monkeypatch):
+    Path("sitecustomize.py").write_text(
+        "import subprocess\n"
+        "start = subprocess.Popen.__init__\n"
+        "def refuse(self, args, *rest, **options):\n"
+        "    if 'wandb-core' in str(args):\n"
+        "        raise PermissionError(13, 'Permission denied', 'wandb-core')\n"
+        "    start(self, args, *rest, **options)\n"
+        "subprocess.Popen.__init__ = refuse\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    process = trained("--run-dir", "run", "--wandb", "offline", *SHORT)
+    assert "note: wandb failed, training goes on: [Errno 13]" in process.out
+
+
+def test_wandbs_disk_is_full(monkeypatch):
+    Path("disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", "disk"]
+    if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode != 0:
+        pytest.skip("a small disk is mounted by root alone, and not in every container")
+    try:
+        monkeypatch.setenv("WANDB_DIR", "disk")
+        trained("--run-dir", "run", "--wandb", "offline", "--steps", 300)
+        assert shutil.disk_usage("disk").free == 0
+    finally:
+        subprocess.run(["umount", "-l", "disk"], check=True)
+    assert Path("run/result.json").exists()
 
 
 def test_a_copied_run_directory_is_another_run_for_wandb():
