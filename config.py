@@ -91,7 +91,7 @@ class Config:
 
     @classmethod
     def load(cls, run_dir):
-        """The config of an earlier run, as in open_run(Config.load("runs/NAME"))."""
+        """The config of an earlier run, as in open_run(Config.load("runs/NAME")), which opens it."""
         path = Path(run_dir).expanduser() / "config.json"
         try:
             return cls(**read_json(path) | {"run_dir": str(run_dir)})
@@ -112,8 +112,9 @@ locks = {}  # lock files, open as long as the process
 def open_run(defaults):
     """The flags over `defaults`, and what is in their run directory: (cfg, run).
 
-    Nothing: a new run. An unfinished run: it resumes. A finished one: a script ends here, a
-    notebook gets its weights. Anything else is an error, at once, before torch is imported.
+    Nothing: a new run. An unfinished run: it resumes. A finished one: a script ends here, but a
+    notebook, and a script whose code names the run, get its weights: nothing is trained or
+    written. Anything else is an error, at once, before torch is imported.
     """
     if "__dataclass_fields__" not in vars(type(defaults)):
         sys.exit("error: write @dataclass above class Config(Config), or its fields are lost")
@@ -161,7 +162,7 @@ def open_run(defaults):
         result = read_json(run_dir / "result.json")
         name, value = next(iter(result.items()))
         print(f"{run_dir} is finished: {name}: {value:.5g}")
-    if state == "finished" and not notebook:
+    if state == "finished" and not notebook and not defaults.run_dir:
         sys.exit()
 
     meta = dict(began=time.time())

@@ -287,6 +287,32 @@ def test_same_command_on_a_finished_run_and_another_config(whole):
     assert before == files(whole.run_dir)
 
 
+def test_a_finished_run_opened_by_a_script_that_names_it(whole):
+    copy_code()
+    before = files(whole.run_dir)
+    text = Path("train.py").read_text()
+    assert "open_run(Config())" in text
+    text = text.replace("open_run(Config())", f"open_run(Config.load({str(whole.run_dir)!r}))")
+    Path("look.py").write_text(text + "\nprint('looked at', evaluate())\n")
+    opened = subprocess.run([sys.executable, "look.py"], capture_output=True, text=True)
+    assert opened.returncode == 0, opened.stderr
+    last = metrics(whole.run_dir)[-1]
+    assert f"looked at {{'val_loss': {last['val_loss']}}}" in opened.stdout
+
+    # only the weights, without the data
+    cells = text.split("# %%\n")
+    kept = [cells[i] for i in range(1, len(cells)) if not cells[i].startswith("# data")]
+    load = 'torch.load(run.dir / "checkpoint.pt", map_location=device)["model"]'
+    Path("data.txt").unlink()
+    Path("mine.py").write_text(
+        "".join(kept[:4]) + f"model.load_state_dict({load})\nprint(model.head.weight.sum())\n"
+    )
+    opened = subprocess.run([sys.executable, "mine.py"], capture_output=True, text=True)
+    assert opened.returncode == 0, opened.stderr
+    assert "tensor(" in opened.stdout
+    assert before == files(whole.run_dir)
+
+
 def test_resume_of_a_model_with_dropout():
     copy_code()
     text = Path("train.py").read_text()
