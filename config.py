@@ -138,7 +138,7 @@ def open_run(defaults):
     # The code as it is now, whatever is edited while torch is imported and the data is read.
     script = Path(getattr(sys.modules["__main__"], "__file__", "ipython"))
     if notebook:
-        script = Path(os.environ.get("JPY_SESSION_NAME", "train.ipynb"))
+        script = Path(os.environ.get("JPY_SESSION_NAME", "notebook.ipynb"))
     code = {}
     module = sys.modules[type(defaults).__module__]
     for path in [script, Path(getattr(module, "__file__", ""))]:

@@ -94,6 +94,8 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
 
 # %%
 # data: one long row of token ids, memory-mapped
+# Other cells use of this one: train_data, val_data, get_batch, train_offsets, val_offsets, n_val,
+# tokens_per_step, fingerprint.
 def open_tokens(name):
     # The ids, (N,), of a .npy of any integers, a .bin, or else of a text's bytes.
     try:
@@ -168,12 +170,10 @@ def get_batch(tokens, offsets):
     return ids[:, :-1], ids[:, 1:]
 
 def train_offsets(step):
-    # A process's windows of a step, a row for each micro-batch. They depend on (seed, step)
-    # alone, so a resumed run sees the same, and several processes share what one would see.
+    # The windows of a step, over all processes, (batch_size,). They depend on (seed, step) alone,
+    # so a resumed run sees the same, and several processes share what one would see.
     rng = np.random.default_rng((cfg.seed, step))
-    offsets = rng.integers(len(train_data) - cfg.seq_len, size=cfg.batch_size)
-    offsets = offsets.reshape(world_size, micro_steps, micro_batch_size)
-    return offsets[rank]
+    return rng.integers(len(train_data) - cfg.seq_len, size=cfg.batch_size)
 
 # validation: always the same windows, evenly spread
 n_windows = (len(val_data) - 1) // cfg.seq_len
@@ -313,19 +313,21 @@ def orthogonal(x):
         x = 3.4445 * x + polynomial @ x
     return x.float()
 
-matrices, head, rest = [], [], []
+matrices, embedding, rest = [], [], []
 for name, p in model.named_parameters():
     if name.startswith("blocks.") and p.ndim == 2:
         matrices.append(p)
-    elif name == "head.weight":
-        head.append(p)
-    else:  # embedding, smear, and what you add
+    elif name.startswith(("embed.", "smear")):
+        embedding.append(p)
+    else:  # the head, and what you add
         rest.append(p)
 
 # Each group learns at its `scale` times lr_at(step). The constants are the best of a few tried.
-groups = [dict(params=rest, scale=4.0), dict(params=head, scale=1.0)]
+groups = [dict(params=embedding, scale=4.0), dict(params=rest, scale=1.0)]
 optimizers = []
 if cfg.optimizer == "muon":
+    if not matrices:
+        sys.exit("error: Muon takes the matrices of model.blocks, and there are none")
     defaults = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, beta=0.8)
     muon = Muon([dict(params=matrices, scale=1.0)], defaults)
     optimizers.append(muon)
@@ -458,6 +460,8 @@ if before != fingerprint:
         sys.exit(f"error: {run.dir} began with other data ({what}); name another --run-dir")
     print(f"note: {run.dir} was trained on other data ({what})")
 updates, seconds = resume()
+if recording and updates > 0:
+    print(f"{run.dir} resumes at step {updates}")
 
 if recording:
     write("config.json", json.dumps(vars(cfg), indent=2).encode())
@@ -563,7 +567,8 @@ for step in todo:
     torch.manual_seed(cfg.seed + step * world_size + rank)
     model.zero_grad()
     train_loss = torch.zeros((), device=device)
-    for i, offsets in enumerate(train_offsets(step)):
+    shares = train_offsets(step).reshape(world_size, micro_steps, micro_batch_size)
+    for i, offsets in enumerate(shares[rank]):
         # Processes exchange gradients once a step, after the last micro-batch.
         if world_size > 1:
             train_model.require_backward_grad_sync = i == micro_steps - 1

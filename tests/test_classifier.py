@@ -54,6 +54,9 @@ def test_classifier_trains_resumes_and_equals_itself_in_two_processes(mine):
     again = trained(*FLAGS, "--run-dir", "one", script=mine)
     assert f"one is finished: accuracy: {result['accuracy']:.4f}" in again.out
     text = mine.read_text()
+    mine.write_text(text.replace("self.blocks", "self.layers"))
+    unnamed = train(*FLAGS, "--run-dir", "none", script=mine)
+    refused(unnamed, "Muon takes the matrices of model.blocks, and there are none")
     mine.write_text(text.replace("@dataclass\n", ""))
     refused(train(*FLAGS, "--run-dir", "none", script=mine), "write @dataclass", code=1)
     mine.write_text(text)

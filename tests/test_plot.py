@@ -63,9 +63,7 @@ def execute(probe="", **first_cell):
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
     path = f".{os.pathsep}{ROOT}"  # for config.py
     environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(
-        [*command, "plot.ipynb"], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([*command, "plot.ipynb"], capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         return done.stderr, [], 0
 
@@ -184,6 +182,27 @@ def test_code_that_was_edited_between():
         ["train.py", f"{zlib.crc32(b'a = 2'):x}", "1.6", "1.5", "1.7"],
         ["train.py", f"{zlib.crc32(b'a = 1'):x}", "283.0", "283.0", "283.0"],
     ]
+
+
+def test_data_that_follows_from_a_field_or_the_seed():
+    for horizon in [1, 2]:
+        for seed in [1, 2]:
+            data = [100, 10, 10 * horizon + seed]
+            run(
+                f"{horizon}-{seed}",
+                horizon + seed / 10,
+                seed=seed,
+                horizon=horizon,
+                meta={"data": data},
+            )
+    text, table, figures = execute(x="horizon")
+    assert "4 runs, told apart by horizon\n" in text
+    assert [row[1:] for row in table[1:]] == [
+        ["1", "1.15", "1.1", "1.2", "2", "0"],
+        ["2", "2.15", "2.1", "2.2", "2", "0"],
+    ]
+    text, table, figures = execute()
+    assert "note: lr is the same in all runs; another x is drawn better" in text
 
 
 def test_runs_of_wandb():

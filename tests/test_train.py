@@ -270,6 +270,7 @@ def test_signal_saves_and_exits(whole, number):
     # the line it printed
     again = subprocess.run([sys.executable, *resume], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+    assert f"run resumes at step {saved}\n" in again.stdout
     losses = [row.get("train_loss") for row in metrics("run")]
     assert losses == [row.get("train_loss") for row in metrics(whole.run_dir)]
 
@@ -368,7 +369,7 @@ def test_resume_after_an_edit_of_an_option_trains_by_the_edited_code():
     wait_until(first, Path("run/checkpoint.pt").exists)
     kill(first)
     text = Path("train.py").read_text()
-    Path("train.py").write_text(text.replace("params=head, scale=1.0", "params=head, scale=9.0"))
+    Path("train.py").write_text(text.replace("params=rest, scale=1.0", "params=rest, scale=9.0"))
     again = trained("--run-dir", "run", script="train.py")
     assert "note: the code has changed since this run" in again.out
     saved = torch.load("run/checkpoint.pt", weights_only=True)
