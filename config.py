@@ -91,7 +91,7 @@ class Config:
 
     @classmethod
     def load(cls, run_dir):
-        """The config of an earlier run, as in open_run(Config.load("runs/NAME")), which opens it."""
+        """The config of an earlier run; open_run(Config.load("runs/NAME")) opens that run."""
         path = Path(run_dir).expanduser() / "config.json"
         try:
             return cls(**read_json(path) | {"run_dir": str(run_dir)})
@@ -156,18 +156,22 @@ def open_run(defaults):
         state = enter(run_dir, rank)
     except (OSError, RuntimeError) as error:
         sys.exit(f"error: cannot write to --run-dir {cfg.run_dir}: {error}")
+    meta = dict(began=time.time())
+    if state != "new" and (run_dir / "meta.json").exists():
+        meta = read_json(run_dir / "meta.json")
+    looking = notebook or defaults.run_dir  # it may be a finished run's, to look inside
     if state != "new":
         compare(cfg, code, run_dir, rank)
+        made_by = meta.get("script", script.name)
+        if not looking and Path(made_by).stem != script.stem:
+            sys.exit(f"error: {run_dir} is a run of {made_by}; name another --run-dir")
     if state == "finished" and rank == 0:
         result = read_json(run_dir / "result.json")
         name, value = next(iter(result.items()))
         print(f"{run_dir} is finished: {name}: {value:.5g}")
-    if state == "finished" and not notebook and not defaults.run_dir:
+    if state == "finished" and not looking:
         sys.exit()
 
-    meta = dict(began=time.time())
-    if (run_dir / "meta.json").exists():
-        meta = read_json(run_dir / "meta.json")
     if state != "finished":
         # The commit of the code's own folder, with -dirty behind it if files have changed.
         here = shlex.quote(str(Path(__file__).parent))
@@ -193,9 +197,12 @@ def enter(run_dir, rank):
     state = "new"
     found = os.listdir(run_dir) if run_dir.exists() else []
     strange = set(found) - {"lock", "log.txt", "config.json.tmp"}
-    if "config.json" in found:
-        state = "finished" if "result.json" in found else "unfinished"
-    elif strange:
+    rows = run_dir / "metrics.jsonl"
+    if "checkpoint.pt" in found or (rows.exists() and rows.stat().st_size > 0):
+        state = "unfinished"
+    if "result.json" in found:
+        state = "finished"
+    if strange and "config.json" not in found:
         sys.exit(f"error: {run_dir} holds {min(strange)}, no run; name another --run-dir")
     if state == "finished" or rank > 0:
         return state

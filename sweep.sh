@@ -29,7 +29,8 @@ run() { # called by the grid, with a run's name and its own flags
   local line=("${command[@]}" --run-dir "$dir" --wandb-group "$sweep" "${common[@]}")
   line+=("${@:2}" "${extra[@]}")
   [[ "$name" =~ ^[^-./][^/]*$ ]] || fail "'$name' cannot be the name of a run"
-  [[ "${line[*]}" != *--run[-_]dir*--run[-_]dir* ]] || fail "--run-dir is not yours to give"
+  [[ "${line[*]}" != *--run[-_]dir*--run[-_]dir* ]] ||
+    fail "--run-dir is not yours to give: sweep= in sweep.sh names the runs' folder"
   case $doing in
     names) echo "$name" ;;
     list) printf '%q ' "${line[@]}" && echo ;;
@@ -162,10 +163,13 @@ main() { # read to its end before it begins, so that the file can be edited whil
   SECONDS=0 ended=0 trained=0 processes=() failed=() measure=result table='' order=-g
   grid
   while [ ${#processes[@]} != 0 ]; do wait_for_a_run; done
-  echo "$total runs, ${#failed[@]} failed, in $(clock $SECONDS); plot.ipynb draws them"
-  printf '%-10s %s\n' "$measure" "run, the best ($best) first"
+  echo "$total runs, ${#failed[@]} failed, in $(clock $SECONDS)"
   [ "$best" = min ] || order=-gr
-  printf '%s' "$table" | LC_ALL=C sort "$order"
+  if [ -n "$table" ]; then
+    echo "plot.ipynb draws runs/$sweep"
+    printf '%-10s %s\n' "$measure" "run, the best ($best) first"
+    printf '%s' "$table" | LC_ALL=C sort "$order"
+  fi
   [ ${#failed[@]} = 0 ] || { printf 'FAILED     %s\n' "${failed[@]}" && exit 1; }
 }
 

@@ -116,9 +116,18 @@ def open_tokens(name):
     if tokens.ndim != 1:
         sys.exit(f"error: {name} has the shape {tokens.shape}, it must be one row of token ids")
     if cfg.vocab_size > largest + 1:
-        what = f"{name} is read as {tokens.dtype} ids, none above {largest}"
-        sys.exit(f"error: {what}: --vocab-size {cfg.vocab_size} is for other data")
+        what = f"{name} is read as {tokens.dtype}, and no id is above {largest}"
+        wrong = f"--vocab-size {cfg.vocab_size} is for other data, such as a tokenizer's .npy"
+        sys.exit(f"error: {what}: {wrong}")
+    # Most wrong sizes are seen here, in milliseconds; get_batch checks every id.
+    some_ids = tokens[:10_000_000]
+    check_ids(some_ids)
     return tokens
+
+def check_ids(ids):
+    for id in (ids.max(), ids.min()):
+        if not 0 <= id < cfg.vocab_size:
+            sys.exit(f"error: token id {id} in the data, beyond --vocab-size {cfg.vocab_size}")
 
 def open_bin(path):
     # llm.c and modded-nanogpt begin with 256 int32: a number for the format, a version, how many
@@ -159,9 +168,7 @@ if min(len(train_data), len(val_data)) <= cfg.seq_len:
 def get_batch(tokens, offsets):
     # inputs and targets, both (B, T), of the windows that begin at `offsets` (B,)
     ids = tokens[offsets[:, None] + np.arange(cfg.seq_len + 1)]  # (B, T + 1)
-    for id in (ids.min(), ids.max()):
-        if not 0 <= id < cfg.vocab_size:
-            sys.exit(f"error: token id {id} in the data, beyond --vocab-size {cfg.vocab_size}")
+    check_ids(ids)
     ids = torch.from_numpy(ids.astype(np.int64))
     # On CUDA a copy from pinned memory goes on beside the computation.
     if on_cuda:
@@ -258,6 +265,7 @@ class GPT(nn.Module):
         nn.init.zeros_(self.head.weight)  # the first loss is ln(V)
 
     def forward(self, ids, targets=None):
+        assert ids.size(1) <= cfg.seq_len, "more tokens than seq_len"
         x = self.embed(ids)  # (B, T, C)
         # Smear (modded-nanogpt): each token gets a learned share of the one before it.
         before = F.pad(x, (0, 0, 1, -1))
@@ -406,6 +414,14 @@ def resume():
             optimizer.load_state_dict(saved)
         return checkpoint["updates"], checkpoint["seconds"]
     if cfg.init_from:
+        theirs = Config.load(cfg.init_from)
+        differ = ""
+        for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
+            value = getattr(theirs, name)
+            if value != getattr(cfg, name):
+                differ += f" --{name.replace('_', '-')} {value}"
+        if differ:
+            sys.exit(f"error: the model of --init-from {cfg.init_from} is another: add{differ}")
         try:
             model.load_state_dict(load_checkpoint(cfg.init_from)["model"])
         except RuntimeError as error:
@@ -451,7 +467,8 @@ def check_finite(values, step):
     if not all(math.isfinite(value) for value in values.values()):
         # JSON has no NaN; None is how plot.ipynb knows of it.
         log(dict(step=step, train_loss=None))
-        sys.exit(f"error: not finite at step {step}: {values}; try an --lr below {cfg.lr:g}")
+        advice = f"try an --lr below {cfg.lr:g}, in another --run-dir"
+        sys.exit(f"error: not finite at step {step}: {values}; {advice}")
 
 before = run.meta.get("data", fingerprint)
 if before != fingerprint:

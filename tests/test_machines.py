@@ -140,7 +140,7 @@ def test_what_may_not_be_read_entered_or_written():
         (["--run-dir", "closed"], "cannot write to --run-dir closed"),
         (["--run-dir", "closed/run"], "cannot write to --run-dir closed/run"),
         (["--run-dir", "read-only/run"], "cannot write to --run-dir read-only/run"),
-        (["--run-dir", "run", "--init-from", "closed"], "cannot read closed/checkpoint.pt"),
+        (["--run-dir", "run", "--init-from", "closed"], "cannot read closed/config.json"),
     ]
     for flags, words in cases:
         command = without_roots_rights(sys.executable, ROOT / "train.py", *TINY, *flags)

@@ -141,7 +141,7 @@ def test_the_table_of_any_measure_and_rows_that_fail():
     for _ in range(2):  # the second time, three have finished
         done = sweep()
         assert done.returncode == 1
-        table = done.out.split("5 runs, 2 failed")[1].splitlines()[1:]
+        table = done.out.split("5 runs, 2 failed")[1].splitlines()[2:]
         assert table[0].startswith("accuracy ")
         assert [line.split()[0] for line in table[1:4]] == ["0.91", "0.7", "0.5"]
         assert table[4].startswith(f"FAILED     x killed, see {RUNS}/x killed/log.txt: ")

@@ -283,6 +283,8 @@ def test_same_command_on_a_finished_run_and_another_config(whole):
     refused(other, "another run", "lr is 0.015 there, 0.1 here", "seed is 1337 there, 2 here")
     for name in ("train.py", "config.py"):
         Path(name).write_text((ROOT / name).read_text() + "# another experiment\n")
+    Path("mine.py").write_text((ROOT / "train.py").read_text())
+    refused(train("--run-dir", whole.run_dir, script="mine.py"), "is a run of train.py; name")
     changed = trained("--run-dir", whole.run_dir, script="train.py")
     assert changed.out.count("note: the code has changed since this run") == 2
     assert before == files(whole.run_dir)
@@ -377,6 +379,16 @@ def test_resume_after_an_edit_of_an_option_trains_by_the_edited_code():
     assert [group["scale"] for group in groups] == [4.0, 9.0]
 
 
+def test_a_run_that_never_trained_may_be_corrected():
+    copy_code()
+    text = Path("train.py").read_text()
+    Path("train.py").write_text(text.replace("\nrun.used = True", "\nsys.exit('stopped')"))
+    assert "stopped" in train("--run-dir", "run", "--lr", 1, script="train.py").err
+    assert json.loads(Path("run/config.json").read_text())["lr"] == 1
+    trained("--run-dir", "run", "--data", "stdlib", "--steps", 5)
+    assert json.loads(Path("run/config.json").read_text())["data"] == "stdlib"
+
+
 def test_two_processes_in_one_run_directory():
     first = start("--run-dir", "run", "--steps", 2000)
     wait_until(first, Path("run/config.json").exists)
@@ -391,8 +403,8 @@ def test_init_from_another_run(whole):
     assert metrics("run")[0]["val_loss"] == metrics(whole.run_dir)[-1]["val_loss"]
     assert json.loads(Path("run/config.json").read_text())["init_from"] == str(whole.run_dir)
     wider = train("--init-from", whole.run_dir, "--run-dir", "wider", "--n-embd", 64)
-    refused(wider, "do not fit", "size mismatch for blocks.0.up.weight")
-    refused(train("--init-from", "nowhere", "--run-dir", "none"), "nowhere/checkpoint.pt")
+    refused(wider, "is another: add --n-embd 32\n")
+    refused(train("--init-from", "nowhere", "--run-dir", "none"), "cannot read nowhere/config.json")
 
     # killed before its first checkpoint, it begins with those weights again
     killed = start(*flags[:2], "--run-dir", "killed", "--steps", 10)
@@ -425,17 +437,14 @@ def test_error_in_two_processes_or_in_the_second():
     assert process.returncode == 1
     assert "not finite at step" in process.err
 
-    # a token beyond the vocabulary, in a window that only the second process reads in step 0
-    ids = np.zeros(20000, np.uint16)
-    offsets = np.random.default_rng((Config.seed, 0)).integers(18000 - 32, size=8)
-    for offset in offsets[4:]:
-        if all(abs(offset - other) > 33 for other in offsets[:4]):
-            ids[offset] = 999
-            break
-    ids.tofile("tokens.bin")
-    process = train("--data", "tokens.bin", "--eval-tokens", 32, launcher=TWO_PROCESSES)
+    # of an error in the second process alone both end
+    copy_code()
+    text = Path("train.py").read_text()
+    fault = "    # Report.\n    if rank == 1:\n        sys.exit('error: the second alone')\n"
+    Path("train.py").write_text(text.replace("    # Report.\n", fault))
+    process = train(script="train.py", launcher=TWO_PROCESSES)
     assert process.returncode == 1
-    assert process.err.count("token id 999 in the data, beyond --vocab-size 256") == 1
+    assert process.err.count("error: the second alone") == 1
 
 
 # wandb
