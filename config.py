@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,17 +160,19 @@ def open_run(defaults):
     meta = dict(began=time.time())
     if state != "new" and (run_dir / "meta.json").exists():
         meta = read_json(run_dir / "meta.json")
-    looking = notebook or defaults.run_dir  # it may be a finished run's, to look inside
+    named_in_code = defaults.run_dir != "" and cfg.run_dir == defaults.run_dir
+    opened = state == "finished" and (notebook or named_in_code)
     if state != "new":
-        compare(cfg, code, run_dir, rank)
-        made_by = meta.get("script", script.name)
-        if not looking and Path(made_by).stem != script.stem:
-            sys.exit(f"error: {run_dir} is a run of {made_by}; name another --run-dir")
+        stems = {Path(meta.get("script", script)).stem, script.stem}
+        stems.discard("notebook")  # of a notebook that does not know its name
+        if len(stems) > 1 and not opened:
+            sys.exit(f"error: {run_dir} is a run of {meta['script']}; name another --run-dir")
+        compare(cfg, code, meta, run_dir, rank)
     if state == "finished" and rank == 0:
         result = read_json(run_dir / "result.json")
         name, value = next(iter(result.items()))
         print(f"{run_dir} is finished: {name}: {value:.5g}")
-    if state == "finished" and not looking:
+    if state == "finished" and not opened:
         sys.exit()
 
     if state != "finished":
@@ -202,7 +205,8 @@ def enter(run_dir, rank):
         state = "unfinished"
     if "result.json" in found:
         state = "finished"
-    if strange and "config.json" not in found:
+    # A run that was never trained may be begun anew; its lock tells it from other folders.
+    if state == "new" and strange and not {"lock", "config.json"} <= set(found):
         sys.exit(f"error: {run_dir} holds {min(strange)}, no run; name another --run-dir")
     if state == "finished" or rank > 0:
         return state
@@ -219,8 +223,9 @@ def enter(run_dir, rank):
     return state
 
 
-def compare(cfg, code, run_dir, rank):
-    """An error if the run there is another experiment, a note if its code was other code."""
+def compare(cfg, code, meta, run_dir, rank):
+    """An error if the run there is another experiment. If its code was other code: a note, and
+    its checksum in `meta`, since the copy of that code is written over."""
     before = vars(type(cfg).load(run_dir))
     differ = ""
     for name, value in vars(cfg).items():
@@ -234,6 +239,7 @@ def compare(cfg, code, run_dir, rank):
         copy = run_dir / name
         if rank == 0 and copy.exists() and copy.read_bytes() != content:
             print(f"note: the code has changed since this run, see {copy}")
+            meta.setdefault("edited", []).append(f"{name} {zlib.crc32(copy.read_bytes()):x}")
 
 
 def read_json(path):

@@ -4,7 +4,7 @@
 
 # %%
 # config: flags in the script; in the notebook edit this line, as in Config(lr=3e-3)
-from config import Config, open_run
+from config import Config, open_run, read_json
 
 cfg, run = open_run(Config())
 
@@ -103,7 +103,7 @@ def open_tokens(name):
         if name == "stdlib":
             tokens = stdlib_source()
         elif path.suffix.lower() == ".npy":
-            tokens = np.load(path, mmap_mode="r")
+            tokens = np.lib.format.open_memmap(path, mode="r")
         elif path.suffix.lower() == ".bin":
             tokens = open_bin(path)
         else:
@@ -125,7 +125,7 @@ def open_tokens(name):
     return tokens
 
 def check_ids(ids):
-    for id in (ids.max(), ids.min()):
+    for id in (ids.max(initial=0), ids.min(initial=0)):
         if not 0 <= id < cfg.vocab_size:
             sys.exit(f"error: token id {id} in the data, beyond --vocab-size {cfg.vocab_size}")
 
@@ -163,7 +163,8 @@ else:
     cut = len(train_data) * 9 // 10
     train_data, val_data = train_data[:cut], train_data[cut:]
 if min(len(train_data), len(val_data)) <= cfg.seq_len:
-    sys.exit(f"error: the data has too few tokens for --seq-len {cfg.seq_len}")
+    what = f"{len(train_data)} tokens to train on and {len(val_data)} to validate"
+    sys.exit(f"error: the data has too few tokens for --seq-len {cfg.seq_len}: {what}")
 
 def get_batch(tokens, offsets):
     # inputs and targets, both (B, T), of the windows that begin at `offsets` (B,)
@@ -414,10 +415,10 @@ def resume():
             optimizer.load_state_dict(saved)
         return checkpoint["updates"], checkpoint["seconds"]
     if cfg.init_from:
-        theirs = Config.load(cfg.init_from)
+        theirs = read_json(Path(cfg.init_from).expanduser() / "config.json")
         differ = ""
         for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
-            value = getattr(theirs, name)
+            value = theirs.get(name)
             if value != getattr(cfg, name):
                 differ += f" --{name.replace('_', '-')} {value}"
         if differ:
@@ -525,6 +526,11 @@ def evaluate():
 def in_words(values):
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
+def set_seed(*numbers):
+    # Whatever is random in the model, such as dropout, depends on these alone, so that a resumed
+    # run draws the same.
+    torch.manual_seed(zlib.crc32(str(numbers).encode()))
+
 # Ctrl-C, kill, Slurm's warning: the loop finishes its step, saves and stops.
 stop_signal = 0
 
@@ -567,6 +573,7 @@ for step in todo:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - clock  # of training only
         model.eval()
+        set_seed(cfg.seed, rank)
         measures = evaluate()
         model.train()
         row |= measures | dict(seconds=seconds)
@@ -579,9 +586,8 @@ for step in todo:
     if last or stop:
         break
 
-    # One step: the loss and its gradient over the micro-batches, then the update. Whatever is
-    # random in the model, such as dropout, depends on seed, step and process alone.
-    torch.manual_seed(cfg.seed + step * world_size + rank)
+    # One step: the loss and its gradient over the micro-batches, then the update.
+    set_seed(cfg.seed, step, rank)
     model.zero_grad()
     train_loss = torch.zeros((), device=device)
     shares = train_offsets(step).reshape(world_size, micro_steps, micro_batch_size)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +321,8 @@ def test_resume_of_a_model_with_dropout():
     copy_code()
     text = Path("train.py").read_text()
     text = text.replace("self.down(h)", "F.dropout(self.down(h), 0.3, self.training)")
+    random = "return dict(random=torch.rand(1).item(), val_loss="
+    text = text.replace("return dict(val_loss=", random)
     Path("train.py").write_text(text)
     trained("--run-dir", "whole", script="train.py")
     first = start("--run-dir", "run", script="train.py")
@@ -327,6 +330,27 @@ def test_resume_of_a_model_with_dropout():
     kill(first)
     trained("--run-dir", "run", script="train.py")
     assert metrics("run") == metrics("whole")
+
+
+def test_no_other_script_goes_on_with_a_run():
+    copy_code()
+    first = start("--run-dir", "run", script="train.py")
+    wait_until(first, lambda: has_rows("run", 12))
+    kill(first)
+    before = files("run")
+    text = Path("train.py").read_text()
+    Path("mine.py").write_text(text)
+    look = text.replace("open_run(Config())", 'open_run(Config.load("run"))')
+    Path("look.py").write_text(look)
+    refused(train("--run-dir", "run", script="mine.py"), "run is a run of train.py; name another")
+    refused(train("--run-dir", "run", script="look.py"), "run is a run of train.py; name another")
+    assert files("run") == before
+
+    # edited in mid-run, which its record says
+    Path("train.py").write_text(text + "# edited\n")
+    trained("--run-dir", "run", script="train.py")
+    (edited,) = json.loads(Path("run/meta.json").read_text())["edited"]
+    assert edited == f"train.py {zlib.crc32(text.encode()):x}"
 
 
 def test_resume_with_other_flags_that_make_no_other_experiment(whole):
@@ -544,11 +568,13 @@ def test_damaged_files_of_a_run(whole):
         assert metrics("run") == metrics(whole.run_dir)
 
 
-def test_a_folder_of_other_files_is_not_touched():
+@pytest.mark.parametrize("name", ["train.py", "config.json", "result.json"])
+def test_a_folder_of_other_files_is_not_touched(name):
     Path("mine").mkdir()
-    Path("mine/train.py").write_text("precious")
-    refused(train("--run-dir", "mine"), "mine holds train.py, no run")
-    assert os.listdir("mine") == ["train.py"]
+    Path("mine", name).write_text("precious")
+    refused(train("--run-dir", "mine"), "mine holds" if name != "result.json" else "cannot read")
+    assert os.listdir("mine") == [name]
+    assert Path("mine", name).read_text() == "precious"
 
 
 def test_loss_that_is_not_finite():
