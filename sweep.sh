@@ -87,7 +87,7 @@ wait_for_a_run() { # until one ends: sets its slot, which is free now, and says 
   echo "$ended of $total  $name  $news  $(clock $left) left"
 }
 
-# shellcheck disable=SC2329
+# shellcheck disable=SC2317,SC2329
 stop_runs() { # a trap: however this shell ends, no run is left behind
   set +e
   trap '' HUP INT QUIT TERM PIPE

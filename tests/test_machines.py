@@ -22,6 +22,7 @@ from test_train import (  # noqa: F401 (workdir is a fixture)
     refused,
     start,
     train,
+    train_here,
     trained,
     wait_until,
     workdir,
@@ -49,7 +50,8 @@ def test_the_same_ids_in_every_kind_of_file():
     Path("llama.bin").write_bytes(with_header(20240801, 7, ids.astype(np.uint32)))
     names = ["ids.bin", "TRAIN.BIN", "uint16.npy", "int64.npy", "gpt2.bin", "llama.bin"]
     for name in names:
-        trained("--data", name, "--vocab-size", 1000, "--run-dir", f"runs/{name}", *SHORT)
+        flags = ["--data", name, "--vocab-size", 1000, "--run-dir", f"runs/{name}"]
+        assert train_here(*flags, *SHORT) is None
         assert metrics(f"runs/{name}") == metrics("runs/ids.bin")
 
 
@@ -83,7 +85,8 @@ def test_data_is_never_read_as_what_it_is_not(name):
     cut = with_header(20240520, 1, ids.astype(np.uint16))[:-100]
     Path("cut.bin").write_bytes(cut)
     flags, words = BAD[name]
-    refused(train("--run-dir", "run", *flags), words)
+    message = train_here("--run-dir", "run", *flags)
+    assert message.startswith("error: ") and words in message
 
 
 @pytest.mark.parametrize("name", ["data.txt", "val.txt"])

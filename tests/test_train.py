@@ -19,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import config
 from config import Config
 
 TINY = [
@@ -75,6 +76,16 @@ def trained(*flags, **kwargs):
     process = train(*flags, **kwargs)
     assert process.returncode == 0, process.err
     return process
+
+
+def train_here(*flags):
+    """train.py in this process, which has imported torch: the message of its error, or None."""
+    config.locks.clear()
+    sys.argv = ["train.py", *TINY, *map(str, flags)]
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    except SystemExit as error:
+        return error.code
 
 
 def metrics(run_dir, torn=False):
@@ -598,27 +609,39 @@ BAD = {
     "negative warmup": (["--warmup", -1], "warmup must be 0 or more", FLAGS),
     "cooldown": (["--cooldown", 2], "cooldown must be between 0 and 1", FLAGS),
     "micro batch": (["--micro-batch-size", 3], "must divide batch_size", FLAGS),
-    "missing data": (["--data", "nowhere.txt"], "No such file or directory: 'nowhere.txt'", 1),
-    "directory as data": (["--data", "."], "Is a directory", 1),
-    "empty data": (["--data", "empty.txt"], "cannot read empty.txt", 1),
-    "short data": (["--data", "short.txt"], "too few", 1),
-    "odd bin": (["--data", "odd.bin"], "cannot read odd.bin", 1),
-    "ids beyond the vocabulary": (["--data", "large.bin"], "--vocab-size", 1),
     "run_dir under a file": (["--run-dir", "data.txt/run"], "cannot write to --run-dir", 1),
     "long name": (["--run-dir", "x" * 300], "cannot write to --run-dir", 1),
-    "no such device": (["--device", "cuda:9"], "--device cuda:9 is not here", 1),
-    "no device at all": (["--device", "toaster"], "--device toaster is not here", 1),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name):
+    flags, words, code = BAD[name]
+    refused(train("--run-dir", "run", *flags), words, code=code)
+    assert not Path("run/result.json").exists()
+
+
+BAD_DATA = {
+    "missing data": (["--data", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
+    "directory as data": (["--data", "."], "Is a directory"),
+    "empty data": (["--data", "empty.txt"], "cannot read empty.txt"),
+    "short data": (["--data", "short.txt"], "too few"),
+    "odd bin": (["--data", "odd.bin"], "cannot read odd.bin"),
+    "ids beyond the vocabulary": (["--data", "large.bin"], "--vocab-size"),
+    "no such device": (["--device", "cuda:9"], "--device cuda:9 is not here"),
+    "no device at all": (["--device", "toaster"], "--device toaster is not here"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_or_device(name):
     Path("empty.txt").touch()
     Path("short.txt").write_bytes(b"x" * 100)
     Path("odd.bin").write_bytes(b"x" * 1001)
     np.full(10000, 256, np.uint16).tofile("large.bin")
-    flags, words, code = BAD[name]
-    refused(train("--run-dir", "run", *flags), words, code=code)
+    flags, words = BAD_DATA[name]
+    message = train_here("--run-dir", "run", *flags)
+    assert message.startswith("error: ") and words in message
     assert not Path("run/result.json").exists()
 
 
