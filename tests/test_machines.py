@@ -211,11 +211,16 @@ def test_the_code_that_ran_is_stored_though_it_is_edited_meanwhile():
 
 def in_a_terminal(command, columns, environment):
     """What it prints to a terminal so wide."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ.update(environment)
-        subprocess.run(["stty", "rows", "24", "cols", str(columns)])
-        os.execvp(command[0], command)
+    terminal, process_side = pty.openpty()
+    subprocess.run(["stty", "rows", "24", "cols", str(columns)], stdin=process_side, check=True)
+    process = subprocess.Popen(
+        command,
+        env=os.environ | environment,
+        stdin=process_side,
+        stdout=process_side,
+        stderr=process_side,
+    )
+    os.close(process_side)
     output = b""
     while True:
         try:
@@ -225,7 +230,8 @@ def in_a_terminal(command, columns, environment):
         if not data:
             break
         output += data
-    assert os.waitpid(pid, 0)[1] == 0, output.decode(errors="replace")
+    os.close(terminal)
+    assert process.wait() == 0, output.decode(errors="replace")
     return output
 
 
@@ -302,12 +308,12 @@ def test_wandbs_service_may_not_be_executed(monkeypatch):
 
 def test_wandbs_disk_is_full(monkeypatch):
     Path("disk").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", "disk"]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "none", "disk"]
     if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode != 0:
         pytest.skip("a small disk is mounted by root alone, and not in every container")
     try:
         monkeypatch.setenv("WANDB_DIR", "disk")
-        trained("--run-dir", "run", "--wandb", "offline", "--steps", 300)
+        trained("--run-dir", "run", "--wandb", "offline")
         assert shutil.disk_usage("disk").free == 0
     finally:
         subprocess.run(["umount", "-l", "disk"], check=True)

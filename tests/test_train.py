@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def has_rows(run_dir, count):
 def wait_until(process, condition):
     while not condition():
         assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
 
 
 def kill(process):
@@ -249,7 +251,7 @@ def test_kill_9_anywhere_and_resume_exactly(whole):
         # after so many rows; the next one perhaps while it starts
         process = start("--run-dir", "run")
         while process.poll() is None and not has_rows("run", rows):
-            pass
+            time.sleep(0.001)
         kill(process)
         kills += process.returncode == -signal.SIGKILL
     trained("--run-dir", "run")
@@ -420,8 +422,8 @@ def test_a_run_that_never_trained_may_be_corrected():
     Path("train.py").write_text(text.replace("\nrun.used = True", "\nsys.exit('stopped')"))
     assert "stopped" in train("--run-dir", "run", "--lr", 1, script="train.py").err
     assert json.loads(Path("run/config.json").read_text())["lr"] == 1
-    trained("--run-dir", "run", "--data", "stdlib", "--steps", 5)
-    assert json.loads(Path("run/config.json").read_text())["data"] == "stdlib"
+    assert train_here("--run-dir", "run", "--lr", 0.1, "--steps", 5) is None
+    assert json.loads(Path("run/config.json").read_text())["lr"] == 0.1
 
 
 def test_two_processes_in_one_run_directory():
@@ -434,19 +436,20 @@ def test_two_processes_in_one_run_directory():
 
 def test_init_from_another_run(whole):
     flags = ["--init-from", whole.run_dir, "--run-dir", "run"]
-    trained(*flags, "--steps", 10)
+    assert train_here(*flags, "--steps", 10) is None
     assert metrics("run")[0]["val_loss"] == metrics(whole.run_dir)[-1]["val_loss"]
     assert json.loads(Path("run/config.json").read_text())["init_from"] == str(whole.run_dir)
-    wider = train("--init-from", whole.run_dir, "--run-dir", "wider", "--n-embd", 64)
-    refused(wider, "is another: add --n-embd 32\n")
-    refused(train("--init-from", "nowhere", "--run-dir", "none"), "cannot read nowhere/config.json")
+    wider = train_here("--init-from", whole.run_dir, "--run-dir", "wider", "--n-embd", 64)
+    assert wider.endswith("is another: add --n-embd 32")
+    nowhere = train_here("--init-from", "nowhere", "--run-dir", "none")
+    assert nowhere.startswith("error: cannot read nowhere/config.json")
 
     # killed before its first checkpoint, it begins with those weights again
     killed = start(*flags[:2], "--run-dir", "killed", "--steps", 10)
     wait_until(killed, Path("killed/meta.json").exists)
     kill(killed)
     Path("killed/checkpoint.pt").unlink(missing_ok=True)
-    trained(*flags[:2], "--run-dir", "killed", "--steps", 10)
+    assert train_here(*flags[:2], "--run-dir", "killed", "--steps", 10) is None
     assert metrics("killed") == metrics("run")
 
 
@@ -455,8 +458,8 @@ def test_init_from_another_run(whole):
 
 def test_two_processes_and_micro_batches_equal_one():
     float32 = ("--dtype", "float32", "--run-dir")
-    trained(*float32, "one")
-    trained(*float32, "micro", "--micro-batch-size", 2)
+    assert train_here(*float32, "one") is None
+    assert train_here(*float32, "micro", "--micro-batch-size", 2) is None
     process = trained(*float32, "two", "--micro-batch-size", 2, launcher=TWO_PROCESSES)
     assert process.out.count("\nval_loss:") == 1  # only one speaks
     for run_dir in ("micro", "two"):
@@ -468,10 +471,6 @@ def test_error_in_two_processes_or_in_the_second():
     process = train("--batch-size", 7, launcher=TWO_PROCESSES)
     assert process.returncode == 1
     assert "cannot be shared by 2 processes" in process.err
-    process = train("--lr", 1e6, launcher=TWO_PROCESSES)
-    assert process.returncode == 1
-    assert "not finite at step" in process.err
-
     # of an error in the second process alone both end
     copy_code()
     text = Path("train.py").read_text()
@@ -542,7 +541,7 @@ def test_wandb_that_does_not_start_does_not_stop_training(monkeypatch):
 
 
 def test_disk_full_during_a_checkpoint(whole):
-    trained("--run-dir", "run", "--lr", 1e-3)  # how large a checkpoint is
+    train_here("--run-dir", "run", "--lr", 1e-3)  # how large a checkpoint is
     limit = os.path.getsize("run/checkpoint.pt") // 2
     process = start("--run-dir", "full")
     wait_until(process, lambda: has_rows("full", 6))
@@ -648,7 +647,7 @@ def test_bad_data_or_device(name):
 def test_compile_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     refused(train("--run-dir", "run", "--compile", "on"), "torch.compile fails", "--compile off")
-    trained("--run-dir", "run", "--compile", "off")  # what the message says to do
+    assert train_here("--run-dir", "run", "--compile", "off") is None  # what the message says
 
     # on auto it trains all the same; here as if this were a GPU, where auto compiles
     copy_code()
