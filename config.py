@@ -206,7 +206,8 @@ def enter(run_dir, rank):
     if "result.json" in found:
         state = "finished"
     # A run that was never trained may be begun anew; its lock tells it from other folders.
-    if state == "new" and strange and not {"lock", "config.json"} <= set(found):
+    ours = "config.json" in found and (state != "new" or "lock" in found)
+    if strange and not ours:
         sys.exit(f"error: {run_dir} holds {min(strange)}, no run; name another --run-dir")
     if state == "finished" or rank > 0:
         return state

@@ -418,9 +418,9 @@ def resume():
         theirs = read_json(Path(cfg.init_from).expanduser() / "config.json")
         differ = ""
         for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
-            value = theirs.get(name)
-            if value != getattr(cfg, name):
-                differ += f" --{name.replace('_', '-')} {value}"
+            value = getattr(cfg, name, None)
+            if theirs.get(name, value) != value:
+                differ += f" --{name.replace('_', '-')} {theirs[name]}"
         if differ:
             sys.exit(f"error: the model of --init-from {cfg.init_from} is another: add{differ}")
         try:

@@ -578,11 +578,11 @@ def test_damaged_files_of_a_run(whole):
         assert metrics("run") == metrics(whole.run_dir)
 
 
-@pytest.mark.parametrize("name", ["train.py", "config.json", "result.json"])
+@pytest.mark.parametrize("name", ["train.py", "config.json", "checkpoint.pt", "result.json"])
 def test_a_folder_of_other_files_is_not_touched(name):
     Path("mine").mkdir()
     Path("mine", name).write_text("precious")
-    refused(train("--run-dir", "mine"), "mine holds" if name != "result.json" else "cannot read")
+    refused(train("--run-dir", "mine"), f"mine holds {name}, no run")
     assert os.listdir("mine") == [name]
     assert Path("mine", name).read_text() == "precious"
 
