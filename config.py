@@ -160,8 +160,8 @@ def open_run(defaults):
     meta = dict(began=time.time())
     if state != "new" and (run_dir / "meta.json").exists():
         meta = read_json(run_dir / "meta.json")
-    named_in_code = defaults.run_dir != "" and cfg.run_dir == defaults.run_dir
-    opened = state == "finished" and (notebook or named_in_code)
+    # It was named in the code, not by a flag.
+    opened = state == "finished" and (notebook or cfg.run_dir == defaults.run_dir)
     if state != "new":
         stems = {Path(meta.get("script", script)).stem, script.stem}
         stems.discard("notebook")  # of a notebook that does not know its name
@@ -238,9 +238,12 @@ def compare(cfg, code, meta, run_dir, rank):
         sys.exit(f"error: {run_dir} is another run: {differ}name another --run-dir")
     for name, content in code.items():
         copy = run_dir / name
-        if rank == 0 and copy.exists() and copy.read_bytes() != content:
+        if rank > 0 or not copy.exists():
+            continue
+        old = copy.read_bytes()
+        if old != content:
             print(f"note: the code has changed since this run, see {copy}")
-            meta.setdefault("edited", []).append(f"{name} {zlib.crc32(copy.read_bytes()):x}")
+            meta.setdefault("edited", []).append(f"{name} {zlib.crc32(old):x}")
 
 
 def read_json(path):

@@ -13,6 +13,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,8 +21,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import config
-from config import Config
+from config import Config, locks
 
 TINY = [
     "--data", "data.txt",
@@ -80,13 +80,18 @@ def trained(*flags, **kwargs):
 
 
 def train_here(*flags):
-    """train.py in this process, which has imported torch: the message of its error, or None."""
-    config.locks.clear()
-    sys.argv = ["train.py", *TINY, *map(str, flags)]
-    try:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    except SystemExit as error:
-        return error.code
+    """The variables of train.py after it ran in this process, which has imported torch."""
+    locks.clear()
+    with mock.patch("sys.argv", ["train.py", *TINY, *map(str, flags)]):
+        return runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def error_here(*flags):
+    """The message with which train.py ends in this process."""
+    with pytest.raises(SystemExit) as error:
+        train_here(*flags)
+    assert error.value.code.startswith("error: ")
+    return error.value.code
 
 
 def metrics(run_dir, torn=False):
@@ -188,12 +193,10 @@ def test_run_learns_and_leaves_its_record(whole):
 
 
 @pytest.fixture(params=["muon", "adamw"])
-def variables(request, monkeypatch):
+def variables(request):
     """The variables of train.py after a short run."""
     flags = ["--steps", "10", "--optimizer", request.param, "--run-dir", "run"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *flags])
-    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
-    return runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return train_here(*flags)
 
 
 def test_model_is_causal_and_muon_is_muon(variables):
@@ -422,7 +425,7 @@ def test_a_run_that_never_trained_may_be_corrected():
     Path("train.py").write_text(text.replace("\nrun.used = True", "\nsys.exit('stopped')"))
     assert "stopped" in train("--run-dir", "run", "--lr", 1, script="train.py").err
     assert json.loads(Path("run/config.json").read_text())["lr"] == 1
-    assert train_here("--run-dir", "run", "--lr", 0.1, "--steps", 5) is None
+    train_here("--run-dir", "run", "--lr", 0.1, "--steps", 5)
     assert json.loads(Path("run/config.json").read_text())["lr"] == 0.1
 
 
@@ -436,12 +439,12 @@ def test_two_processes_in_one_run_directory():
 
 def test_init_from_another_run(whole):
     flags = ["--init-from", whole.run_dir, "--run-dir", "run"]
-    assert train_here(*flags, "--steps", 10) is None
+    train_here(*flags, "--steps", 10)
     assert metrics("run")[0]["val_loss"] == metrics(whole.run_dir)[-1]["val_loss"]
     assert json.loads(Path("run/config.json").read_text())["init_from"] == str(whole.run_dir)
-    wider = train_here("--init-from", whole.run_dir, "--run-dir", "wider", "--n-embd", 64)
+    wider = error_here("--init-from", whole.run_dir, "--run-dir", "wider", "--n-embd", 64)
     assert wider.endswith("is another: add --n-embd 32")
-    nowhere = train_here("--init-from", "nowhere", "--run-dir", "none")
+    nowhere = error_here("--init-from", "nowhere", "--run-dir", "none")
     assert nowhere.startswith("error: cannot read nowhere/config.json")
 
     # killed before its first checkpoint, it begins with those weights again
@@ -449,7 +452,7 @@ def test_init_from_another_run(whole):
     wait_until(killed, Path("killed/meta.json").exists)
     kill(killed)
     Path("killed/checkpoint.pt").unlink(missing_ok=True)
-    assert train_here(*flags[:2], "--run-dir", "killed", "--steps", 10) is None
+    train_here(*flags[:2], "--run-dir", "killed", "--steps", 10)
     assert metrics("killed") == metrics("run")
 
 
@@ -458,8 +461,8 @@ def test_init_from_another_run(whole):
 
 def test_two_processes_and_micro_batches_equal_one():
     float32 = ("--dtype", "float32", "--run-dir")
-    assert train_here(*float32, "one") is None
-    assert train_here(*float32, "micro", "--micro-batch-size", 2) is None
+    train_here(*float32, "one")
+    train_here(*float32, "micro", "--micro-batch-size", 2)
     process = trained(*float32, "two", "--micro-batch-size", 2, launcher=TWO_PROCESSES)
     assert process.out.count("\nval_loss:") == 1  # only one speaks
     for run_dir in ("micro", "two"):
@@ -471,6 +474,10 @@ def test_error_in_two_processes_or_in_the_second():
     process = train("--batch-size", 7, launcher=TWO_PROCESSES)
     assert process.returncode == 1
     assert "cannot be shared by 2 processes" in process.err
+    process = train("--lr", 1e6, launcher=TWO_PROCESSES)
+    assert process.returncode == 1
+    assert "not finite at step" in process.err
+
     # of an error in the second process alone both end
     copy_code()
     text = Path("train.py").read_text()
@@ -639,15 +646,14 @@ def test_bad_data_or_device(name):
     Path("odd.bin").write_bytes(b"x" * 1001)
     np.full(10000, 256, np.uint16).tofile("large.bin")
     flags, words = BAD_DATA[name]
-    message = train_here("--run-dir", "run", *flags)
-    assert message.startswith("error: ") and words in message
+    assert words in error_here("--run-dir", "run", *flags)
     assert not Path("run/result.json").exists()
 
 
 def test_compile_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     refused(train("--run-dir", "run", "--compile", "on"), "torch.compile fails", "--compile off")
-    assert train_here("--run-dir", "run", "--compile", "off") is None  # what the message says
+    train_here("--run-dir", "run", "--compile", "off")  # what the message says
 
     # on auto it trains all the same; here as if this were a GPU, where auto compiles
     copy_code()
