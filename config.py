@@ -50,7 +50,7 @@ class Config:
     cooldown: float = 0.5  # final fraction of the run, in which lr falls to 0
 
     # loop
-    steps: int = 400  # optimizer steps
+    steps: int = 300  # optimizer steps
     log_every: int = 10  # steps between two lines of metrics.jsonl
     eval_every: int = 50  # steps between two evaluations, each with a checkpoint
     eval_tokens: int = 32768  # validation tokens in an evaluation, each time the same

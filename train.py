@@ -230,6 +230,8 @@ class Block(nn.Module):
         super().__init__()
         self.qkv = Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
         self.attn_out = Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        # Three dimensions: AdamW takes it, not Muon.
+        self.conv = nn.Parameter(torch.zeros(3, 1, cfg.n_embd))
         self.up = Linear(cfg.n_embd, 4 * cfg.n_embd, bias=False)
         self.down = Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
         nn.init.zeros_(self.attn_out.weight)  # a block begins as the identity
@@ -251,26 +253,32 @@ class Block(nn.Module):
         assert y.shape == (B, cfg.n_head, T, D)
         return self.attn_out(y.transpose(1, 2).reshape(B, T, C))
 
+    def short_conv(self, x):
+        # A Canon layer (Allen-Zhu, 2025): each token gets shares of the three before it.
+        T = x.size(1)
+        padded = F.pad(x, (0, 0, 3, 0))  # (B, 3 + T, C)
+        y = x
+        for i in range(3):
+            y = y + self.conv[i] * padded[:, i : i + T]
+        return y
+
     def forward(self, x):
         x = x + self.attention(norm(x))
-        h = F.relu(self.up(norm(x))).square()  # squared ReLU (So et al., 2021)
+        h = self.up(self.short_conv(norm(x)))
+        h = F.relu(h).square()  # squared ReLU (So et al., 2021)
         return x + self.down(h)
 
 class GPT(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.smear = nn.Parameter(torch.zeros(cfg.n_embd))
         self.blocks = nn.ModuleList(Block() for _ in range(cfg.n_layer))
         self.head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)  # the first loss is ln(V)
 
     def forward(self, ids, targets=None):
         assert ids.size(1) <= cfg.seq_len, "more tokens than seq_len"
-        x = self.embed(ids)  # (B, T, C)
-        # Smear (modded-nanogpt): each token gets a learned share of the one before it.
-        before = F.pad(x, (0, 0, 1, -1))
-        x = norm(x + self.smear * before)
+        x = norm(self.embed(ids))  # (B, T, C)
         for block in self.blocks:
             x = block(x)
         logits = self.head(norm(x)).float()  # (B, T, V)
@@ -322,17 +330,17 @@ def orthogonal(x):
         x = 3.4445 * x + polynomial @ x
     return x.float()
 
-matrices, embedding, rest = [], [], []
+matrices, fast, rest = [], [], []
 for name, p in model.named_parameters():
     if name.startswith("blocks.") and p.ndim == 2:
         matrices.append(p)
-    elif name.startswith(("embed.", "smear")):
-        embedding.append(p)
+    elif name.startswith("embed.") or name.endswith(".conv"):
+        fast.append(p)
     else:  # the head, and what you add
         rest.append(p)
 
 # Each group learns at its `scale` times lr_at(step). The constants are the best of a few tried.
-groups = [dict(params=embedding, scale=4.0), dict(params=rest, scale=1.0)]
+groups = [dict(params=fast, scale=4.0), dict(params=rest, scale=1.0)]
 optimizers = []
 if cfg.optimizer == "muon":
     if not matrices:

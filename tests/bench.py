@@ -888,7 +888,7 @@ def nanogpt(name, steps):
 
 def against_nanogpt(name, steps, flags):
     theirs, loss = nanogpt(name, steps)
-    shape = ["--seq-len", "64", "--vocab-size", "128", "--steps", "85"]
+    shape = ["--seq-len", "64", "--vocab-size", "128", "--steps", "60"]
     shape += ["--device", "cpu"]  # as theirs is
     ours = target(loss, [*shape, *flags])
     if ours:

@@ -184,6 +184,15 @@ def test_code_that_was_edited_between():
     ]
 
 
+def test_code_that_differs_with_a_field_is_named():
+    run("low", 1.5, code="a = 1")
+    run("high", 1.4, code="a = 2", lr=0.1)
+    text, table, figures = execute()
+    assert "2 runs, told apart by lr\n" in text
+    assert f"code is train.py {zlib.crc32(b'a = 2'):x} in 1 runs, such as runs/high" in text
+    assert [row[1:3] for row in table[1:]] == [["0.10", "1.4"], ["0.01", "1.5"]]
+
+
 def test_data_that_follows_from_a_field_or_the_seed():
     for horizon in [1, 2]:
         for seed in [1, 2]:
