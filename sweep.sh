@@ -83,8 +83,7 @@ wait_for_a_run() { # until one ends: sets its slot, which is free now, and says 
     news="FAILED: $news"
   fi
   ended=$((ended + 1)) trained=$((trained + new[slot]))
-  halves=$((2 * trained + ${#processes[@]})) # what still runs counts as half done
-  left=$((SECONDS * (2 * (total - ended) - ${#processes[@]}) / (halves > 0 ? halves : 1)))
+  left=$((SECONDS * (total - ended) / (trained > 0 ? trained : 1)))
   echo "$ended of $total  $name  $news  $(clock $left) left"
 }
 

@@ -335,7 +335,7 @@ for name, p in model.named_parameters():
     if name.startswith("blocks.") and p.ndim == 2:
         matrices.append(p)
     elif name.startswith("embed.") or name.endswith(".conv"):
-        fast.append(p)
+        fast.append(p)  # they learn best at a higher rate
     else:  # the head, and what you add
         rest.append(p)
 
@@ -416,11 +416,16 @@ def resume():
         sys.exit("error: some weights of the model are in no optimizer: add them, or run its cell")
     if run.state == "finished" or (run.dir / "checkpoint.pt").exists():
         checkpoint = load_checkpoint(run.dir)
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            # The momenta are the run's; the options (scale, beta) are what the code says now.
-            saved["param_groups"] = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(saved)
+        try:
+            model.load_state_dict(checkpoint["model"])
+            for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+                # The momenta are the run's; the options (scale, beta) are what the code says now.
+                options = [dict(group) for group in optimizer.param_groups]
+                optimizer.load_state_dict(saved)
+                for group, now in zip(optimizer.param_groups, options):
+                    group.update(now)
+        except (RuntimeError, ValueError) as error:
+            sys.exit(f"error: {run.dir} was trained by other code, its copy is there: {error}")
         return checkpoint["updates"], checkpoint["seconds"]
     if cfg.init_from:
         theirs = read_json(Path(cfg.init_from).expanduser() / "config.json")

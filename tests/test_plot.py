@@ -212,6 +212,19 @@ def test_data_that_follows_from_a_field_or_the_seed():
     ]
 
 
+def test_data_that_changed_between_seeds():
+    for seed in [1, 2, 3, 4]:
+        data = [100, 10, 1] if seed < 3 else [200, 20, 2]
+        run(f"seed-{seed}", 1 + seed / 10, seed=seed, meta={"data": data})
+    text, table, figures = execute()
+    assert "4 runs, told apart by lr, data_version\n" in text
+    rows = [" ".join(row[1:]) for row in table[1:]]
+    assert rows == [
+        "0.01 [100, 10, 1] 1.15 1.1 1.2 2 0",
+        "0.01 [200, 20, 2] 1.35 1.3 1.4 2 0",
+    ]
+
+
 def test_runs_of_wandb():
     run("local", 1.0)
     Path("wandb.py").write_text(

@@ -203,6 +203,9 @@ def interrupted(how, seconds):
     """The sweep in a terminal of its own, which ends after some seconds in one of the ways."""
     pid, terminal = pty.fork()
     if pid == 0:
+        # Under nohup, or behind &, they would be ignored, and a shell cannot trap them.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execvp("bash", ["bash", "sweep.sh", *TINY])
     time.sleep(seconds)
     if how == "closed":
@@ -221,7 +224,8 @@ def interrupted(how, seconds):
     except OSError:  # the end, of a terminal
         pass
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status in (130, 0), out.decode()
+    logs = [path.read_text() for path in Path("runs").glob("*/*/log.txt")]
+    assert status in (130, 0), (how, out.decode(), *logs)
     assert not left_behind()
 
 

@@ -398,11 +398,19 @@ def test_resume_after_an_edit_of_the_model_shows_all_that_torch_says():
     first = start("--run-dir", "run", script="train.py")
     wait_until(first, Path("run/checkpoint.pt").exists)
     kill(first)
-    Path("train.py").write_text((ROOT / "train.py").read_text().replace("attn_out", "mixed"))
+    text = Path("train.py").read_text()
+    Path("train.py").write_text(text.replace("attn_out", "mixed"))
     process = train("--run-dir", "run", script="train.py")
     assert process.returncode == 1
+    assert "error: run was trained by other code, its copy is there: " in process.err
     assert 'Missing key(s) in state_dict: "blocks.0.mixed.weight"' in process.err
     assert '"blocks.1.attn_out.weight"' in process.err
+    # Momenta would go to other weights.
+    Path("train.py").write_text(text.replace('endswith(".conv")', 'endswith(".no")'))
+    process = train("--run-dir", "run", script="train.py")
+    assert process.returncode == 1
+    assert "error: run was trained by other code, its copy is there: " in process.err
+    assert "doesn't match the size of optimizer's group" in process.err
 
 
 def test_resume_after_an_edit_of_an_option_trains_by_the_edited_code():
