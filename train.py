@@ -254,11 +254,12 @@ class Block(nn.Module):
         return self.attn_out(y.transpose(1, 2).reshape(B, T, C))
 
     def short_conv(self, x):
-        # A Canon layer (Allen-Zhu, 2025): each token gets shares of the three before it.
+        # A Canon layer (Allen-Zhu, 2025): each token gets shares of the n before it.
+        n = len(self.conv)
         T = x.size(1)
-        padded = F.pad(x, (0, 0, 3, 0))  # (B, 3 + T, C)
+        padded = F.pad(x, (0, 0, n, 0))  # (B, n + T, C)
         y = x
-        for i in range(3):
+        for i in range(n):
             y = y + self.conv[i] * padded[:, i : i + T]
         return y
 
