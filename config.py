@@ -4,6 +4,7 @@ A new flag is a new line in Config; its comment is its --help.
 """
 import errno
 import fcntl
+import inspect
 import json
 import os
 import shlex
@@ -119,6 +120,11 @@ def open_run(defaults):
     """
     if "__dataclass_fields__" not in vars(type(defaults)):
         sys.exit("error: write @dataclass above class Config(Config), or its fields are lost")
+    typed = inspect.get_annotations(type(defaults))
+    for name, value in vars(type(defaults)).items():
+        if not name.startswith("_") and name not in typed and isinstance(value, (int, float, str)):
+            kind = type(value).__name__
+            sys.exit(f"error: a field of Config needs its type: {name}: {kind} = {value!r}")
     # A Jupyter kernel has its own command line; %run replaces it by the script's.
     notebook = sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py"))
     cfg = defaults
@@ -150,7 +156,7 @@ def open_run(defaults):
     rank = int(os.environ.get("RANK") or 0)
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
-    if rank >= world_size or (world_size > 1 and not launched):
+    if not 0 <= rank < world_size or (world_size > 1 and not launched):
         sys.exit("error: no launcher set RANK and WORLD_SIZE: unset them, or use torchrun")
     try:
         run_dir = Path(cfg.run_dir).expanduser()
@@ -186,9 +192,19 @@ def open_run(defaults):
             python=sys.version.split()[0],
         )
     run = SimpleNamespace(dir=run_dir, state=state, notebook=notebook, code=code, meta=meta)
+    # What the cells below make of this config. In a notebook what they made of an earlier one is
+    # deleted, so that none of them can be left out.
+    run.made_by_cells = ["device", "fingerprint", "model", "optimizers"]
+    run.cells_before = ""
     if notebook:
+        variables = vars(sys.modules["__main__"])
+        for name in run.made_by_cells:
+            variables.pop(name, None)
         # In is Jupyter's list of the cells that ran, this one the last of them.
-        run.first_cell = len(sys.modules["__main__"].In) - 1
+        run.first_cell = len(variables["In"]) - 1
+        copy = run_dir / f"{script.stem}.py"
+        if state == "unfinished" and copy.exists():
+            run.cells_before = copy.read_text()
     # The record cell sets it, so that one open_run serves one run.
     run.used = False
     return cfg, run

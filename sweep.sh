@@ -25,12 +25,16 @@ grid() { # a dimension is a loop, its value in the name, and its flag
 }
 
 run() { # called by the grid, with a run's name and its own flags
-  local name=$1 dir=runs/$sweep/$1
+  local name=$1 dir=runs/$sweep/$1 flag
   local line=("${command[@]}" --run-dir "$dir" --wandb-group "$sweep" "${common[@]}")
   line+=("${@:2}" "${extra[@]}")
   [[ "$name" =~ ^[^-./][^/]*$ ]] || fail "'$name' cannot be the name of a run"
   [[ "${line[*]}" != *--run[-_]dir*--run[-_]dir* ]] ||
     fail "--run-dir is not yours to give: sweep= in sweep.sh names the runs' folder"
+  for flag in "${@:2}"; do
+    [[ "$flag" != --* || " ${extra[*]//_/-} " != *" ${flag//_/-}"[\ =]* ]] ||
+      fail "$flag is not yours to give: the grid in sweep.sh gives it"
+  done
   case $doing in
     names) echo "$name" ;;
     list) printf '%q ' "${line[@]}" && echo ;;
@@ -55,7 +59,7 @@ run() { # called by the grid, with a run's name and its own flags
 }
 
 wait_for_a_run() { # until one ends: sets its slot, which is free now, and says what came of it
-  local name dir number news code=0
+  local name dir number news mark='' code=0
   until false; do
     for slot in "${!processes[@]}"; do
       kill -0 "${processes[slot]}" || break 2
@@ -69,8 +73,9 @@ wait_for_a_run() { # until one ends: sets its slot, which is free now, and says 
   if [[ "$code" = 0 && "$(cat "$dir/result.json")" =~ $number ]]; then
     measure=${BASH_REMATCH[1]}
     value=$(LC_ALL=C printf %.5g "${BASH_REMATCH[2]}")
-    table+=$(printf '%-10s %s' "$value" "$name")$'\n'
-    news="$measure $value"
+    ! by_other_code "$dir" || mark=" *" others=$((others + 1))
+    table+=$(printf '%-10s %s' "$value" "$name$mark")$'\n'
+    news="$measure $value$mark"
     [ "${new[slot]}" = 1 ] || news="was finished: $news"
   else # the last line of an error, or the first in the box of one, but not of an earlier try
     news=$(tr -d '\0' < "$dir/log.txt" | awk '
@@ -87,6 +92,12 @@ wait_for_a_run() { # until one ends: sets its slot, which is free now, and says 
   echo "$ended of $total  $name  $news  $(clock $left) left"
 }
 
+by_other_code() { # so says the run itself: in its log, or where it went on by edited code
+  grep -qs '"edited"' "$1/meta.json" ||
+    awk '/^sweep.sh, / { n = 0 } /^note: the code has changed/ { n = 1 } END { exit !n }' \
+      "$1/log.txt"
+}
+
 # shellcheck disable=SC2317,SC2329
 stop_runs() { # a trap: however this shell ends, no run is left behind
   set +e
@@ -100,7 +111,7 @@ stop_runs() { # a trap: however this shell ends, no run is left behind
 
 run_on_slurm() { # an array's list stays as it is while it waits: a grown grid gets a new one
   largest=$(scontrol show config | sed -n 's/^MaxArraySize *= *//p')
-  queued=$(squeue --me --noheader --array --format='%k %K' | while read -r part i; do
+  queued=$(squeue --me --noheader --array --format='%K %k' | while read -r i part; do
     [ ! -e "$part" ] || sed -n "${i}p" "$part"
   done)
   list=runs/$sweep/slurm-$(date +%Y%m%d-%H%M%S)-$$ sent=0 after=()
@@ -134,6 +145,7 @@ main() { # read to its end before it begins, so that the file can be edited whil
   extra=("$@")
   cd "$(dirname "$0")"
 
+  [[ "$best" = min || "$best" = max ]] || fail "best=$best is neither min nor max"
   script=${command[-1]}
   [[ "$script" != *.py || -e "$script" ]] || fail "there is no $script in $PWD"
   all_names=$(doing=names grid)
@@ -152,7 +164,8 @@ main() { # read to its end before it begins, so that the file can be edited whil
     gpus+=("$gpu")
   done
   at_once=${JOBS:-${#gpus[@]}}
-  [[ "$at_once" =~ ^[0-9]+$ ]] || fail "JOBS=$at_once is not a number"
+  [[ "$at_once" =~ ^0*([0-9]{1,6})$ ]] || fail "JOBS=$at_once is not a number"
+  at_once=${BASH_REMATCH[1]}
   [ "$at_once" != 0 ] || at_once=$cores
   [ "$at_once" -le "$total" ] || at_once=$total
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > at_once ? cores / at_once : 1))}
@@ -160,7 +173,7 @@ main() { # read to its end before it begins, so that the file can be edited whil
 
   trap stop_runs EXIT
   trap 'exit 130' HUP INT QUIT TERM PIPE
-  SECONDS=0 ended=0 trained=0 processes=() failed=() measure=result table='' order=-g
+  SECONDS=0 ended=0 trained=0 others=0 processes=() failed=() measure=result table='' order=-g
   grid
   while [ ${#processes[@]} != 0 ]; do wait_for_a_run; done
   echo "$total runs, ${#failed[@]} failed, in $(clock $SECONDS)"
@@ -169,6 +182,7 @@ main() { # read to its end before it begins, so that the file can be edited whil
     echo "plot.ipynb draws runs/$sweep"
     printf '%-10s %s\n' "$measure" "run, the best ($best) first"
     printf '%s' "$table" | LC_ALL=C sort "$order"
+    [ $others = 0 ] || echo "* is of other code: it has changed since; another sweep= trains anew"
   fi
   [ ${#failed[@]} = 0 ] || { printf 'FAILED     %s\n' "${failed[@]}" && exit 1; }
 }

@@ -42,7 +42,8 @@ if device_name == "cuda":
 try:
     device = torch.empty(1, device=device_name).device
 except (RuntimeError, AssertionError) as error:
-    sys.exit(f"error: --device {cfg.device} is not here: {error}")
+    reason = str(error).splitlines()[0]
+    sys.exit(f"error: --device {cfg.device} is not here: {reason}")
 on_cuda = device.type == "cuda"
 if on_cuda:
     torch.cuda.set_device(device)
@@ -106,10 +107,13 @@ def open_tokens(name):
             tokens = np.lib.format.open_memmap(path, mode="r")
         elif path.suffix.lower() == ".bin":
             tokens = open_bin(path)
+        elif path.is_fifo():
+            raise ValueError("it is a pipe")
         else:
             tokens = np.memmap(path, np.uint8, mode="r")
-            if bytes(tokens[:4]) in (b"\x1f\x8b\x08\x00", b"\x1f\x8b\x08\x08", b"PK\x03\x04"):
-                raise ValueError("it is compressed, unpack it first")
+            # Compressed or other binary data has zeros; .gz may be too short for one.
+            if 0 in tokens[:1_000_000] or bytes(tokens[:2]) == b"\x1f\x8b":
+                raise ValueError("it is no plain text: unpack it, or save ids as .npy")
         largest = np.iinfo(tokens.dtype).max
     except Exception as error:
         sys.exit(f"error: cannot read {name} as token ids: {error}")
@@ -192,11 +196,12 @@ val_offsets = np.linspace(0, last_offset, n_val).astype(np.int64)
 
 tokens_per_step = cfg.batch_size * cfg.seq_len
 
-# How a resumed run knows its data: the sizes, and a checksum of some 10,000 ids of each.
+# How a resumed run knows its data: the sizes, and a checksum of the ids, or of 10,000 of many.
 fingerprint = [len(train_data), len(val_data)]
 for tokens in (train_data, val_data):
-    some_ids = tokens[:: len(tokens) // 10_000 + 1]
-    fingerprint.append(zlib.crc32(some_ids.tobytes()))
+    if len(tokens) > 10_000_000:
+        tokens = tokens[:: len(tokens) // 10_000]
+    fingerprint.append(zlib.crc32(tokens.tobytes()))
 
 # %%
 # model
@@ -223,7 +228,8 @@ def rotary(x):
 class Linear(nn.Linear):
     # float32 weights for the optimizer, the product in `dtype`
     def forward(self, x):
-        return F.linear(x.to(dtype), self.weight.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 class Block(nn.Module):
     def __init__(self):
@@ -254,7 +260,7 @@ class Block(nn.Module):
         return self.attn_out(y.transpose(1, 2).reshape(B, T, C))
 
     def short_conv(self, x):
-        # A Canon layer (Allen-Zhu, 2025): each token gets shares of the n before it.
+        # A Canon layer (Allen-Zhu, 2025): each token gets shares of the n tokens before it.
         n = len(self.conv)
         T = x.size(1)
         padded = F.pad(x, (0, 0, n, 0))  # (B, n + T, C)
@@ -340,14 +346,15 @@ for name, p in model.named_parameters():
     else:  # the head, and what you add
         rest.append(p)
 
-# Each group learns at its `scale` times lr_at(step). The constants are the best of a few tried.
-groups = [dict(params=fast, scale=4.0), dict(params=rest, scale=1.0)]
+# Each group learns at its `scale`, or else 1, times lr_at(step). The constants are the best of a
+# few tried.
+groups = [dict(params=fast, scale=4.0), dict(params=rest)]
 optimizers = []
 if cfg.optimizer == "muon":
     if not matrices:
         sys.exit("error: Muon takes the matrices of model.blocks, and there are none")
     defaults = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, beta=0.8)
-    muon = Muon([dict(params=matrices, scale=1.0)], defaults)
+    muon = Muon(matrices, defaults)
     optimizers.append(muon)
 elif cfg.optimizer == "adamw":
     groups.append(dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay))
@@ -367,6 +374,9 @@ def lr_at(step):
 # the record: what a run writes, and how it resumes. An experiment seldom touches this
 if run.used:
     sys.exit("error: this run has begun already; run the config cell again, and all below it")
+for name in run.made_by_cells:
+    if name not in globals():
+        sys.exit(f"error: {name} is not of this config; run all cells below the config cell")
 recording = rank == 0 and run.state != "finished"
 tracker = None  # wandb's run
 
@@ -397,15 +407,22 @@ def write_cells():
     # In is Jupyter's list of the cells that ran; the loop's is among them when this is called.
     if run.notebook:
         name = Path(run.meta["script"]).stem + ".py"
-        cells = "\n\n".join(In[run.first_cell :])
-        write(name, cells.encode())
+        cells = In[run.first_cell :]
+        # The first is the config's, whose values are compared when the run is opened.
+        if run.cells_before and not all(cell in run.cells_before for cell in cells[1:]):
+            print("note: the code has changed since this run began")
+            checksum = zlib.crc32(run.cells_before.encode())
+            run.meta.setdefault("edited", []).append(f"{name} {checksum:x}")
+            write("meta.json", json.dumps(run.meta, indent=2).encode())
+        run.cells_before = ""
+        write(name, "\n\n".join(cells).encode())
 
 def load_checkpoint(run_dir):
     path = Path(run_dir).expanduser() / "checkpoint.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        sys.exit(f"error: cannot read {path}: {error}")
+        sys.exit(f"error: cannot read {path}: {error!r}")
 
 def resume():
     # Returns the optimizer steps and the seconds of training that the checkpoint stands for.
@@ -421,10 +438,9 @@ def resume():
             model.load_state_dict(checkpoint["model"])
             for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
                 # The momenta are the run's; the options (scale, beta) are what the code says now.
-                options = [dict(group) for group in optimizer.param_groups]
+                groups = optimizer.param_groups
                 optimizer.load_state_dict(saved)
-                for group, now in zip(optimizer.param_groups, options):
-                    group.update(now)
+                optimizer.param_groups = groups
         except (RuntimeError, ValueError) as error:
             sys.exit(f"error: {run.dir} was trained by other code, its copy is there: {error}")
         return checkpoint["updates"], checkpoint["seconds"]
@@ -492,13 +508,18 @@ if before != fingerprint:
         sys.exit(f"error: {run.dir} began with other data ({what}); name another --run-dir")
     print(f"note: {run.dir} was trained on other data ({what})")
 updates, seconds = resume()
+span = all_reduce(torch.tensor([updates, -updates]), dist.ReduceOp.MAX)  # most and fewest
+if span.sum() != 0:
+    sys.exit(f"error: the processes see other checkpoints: is {run.dir} on a disk of all nodes?")
 if recording and updates > 0:
     print(f"{run.dir} resumes at step {updates}")
 
 if recording:
     write("config.json", json.dumps(vars(cfg), indent=2).encode())
-    run.meta |= dict(torch=torch.__version__, data=fingerprint)
-    run.meta |= dict(device=str(device), dtype=dtype_name, compile=compiling)
+    here = dict(torch=torch.__version__, device=str(device), compile=compiling)
+    here["processes"] = world_size
+    run.meta |= here | dict(data=fingerprint, dtype=dtype_name)
+    run.meta.setdefault("starts", []).append(dict(step=updates) | here)
     write("meta.json", json.dumps(run.meta, indent=2).encode())
     for name, code in run.code.items():
         write(name, code)
@@ -538,7 +559,7 @@ def evaluate():
     return dict(val_loss=all_reduce(total).item() / n_val)
 
 def in_words(values):
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 def set_seed(*numbers):
     # Whatever is random in the model, such as dropout, depends on these alone, so that a resumed
@@ -615,7 +636,7 @@ for step in todo:
         train_loss += loss.detach()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * lr_at(step)
+            group["lr"] = group.get("scale", 1.0) * lr_at(step)
         optimizer.step()
     updates = step + 1
 
@@ -671,7 +692,7 @@ if recording and cfg.sample_tokens > 0:
         next_id = torch.multinomial(probabilities, 1)
         ids = torch.cat((ids, next_id[None]), dim=1)
     sample = ids[0, 1:].tolist()
-    if train_data.dtype == np.uint8:
+    if Path(cfg.data).suffix.lower() not in (".npy", ".bin"):  # the bytes of a text
         sample = bytes(sample).decode(errors="replace")
     write("sample.txt", str(sample).encode())
     track("log", dict(sample=str(sample)), step=step)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import os
 import pty
 import shutil
@@ -56,6 +57,13 @@ def test_the_same_ids_in_every_kind_of_file():
         assert metrics(f"runs/{name}") == metrics("runs/ids.bin")
 
 
+def test_ids_below_256_are_not_shown_as_text():
+    np.save("ids.npy", np.random.default_rng(0).integers(200, size=20000, dtype=np.uint8))
+    train_here("--data", "ids.npy", "--run-dir", "run", *SHORT)
+    sample = json.loads(Path("run/sample.txt").read_text())
+    assert len(sample) == 16 and all(0 <= id < 256 for id in sample)
+
+
 BAD = {
     "uint32 without a header": (["--data", "wide.bin"], "every second uint16 is small"),
     "more ids than uint16 has": (["--data", "ids.bin", "--vocab-size", 128256], "65535"),
@@ -66,7 +74,10 @@ BAD = {
     "header and too few ids": (["--data", "cut.bin"], "cannot read cut.bin"),
     "negative ids": (["--data", "negative.npy"], "error: token id -1"),
     "uint32 beyond 65535": (["--data", "wider.bin", "--vocab-size", 65536], "every second uint16"),
-    "a compressed text": (["--data", "text.gz"], "it is compressed"),
+    "a compressed text": (["--data", "text.gz"], "it is no plain text"),
+    "another compressed text": (["--data", "text.xz"], "it is no plain text"),
+    "a text of two-byte characters": (["--data", "utf-16.txt"], "it is no plain text"),
+    "a pipe": (["--data", "pipe"], "cannot read pipe as token ids: it is a pipe"),
     "an empty npy": (["--data", "empty.npy"], "cannot read empty.npy"),
 }
 
@@ -78,6 +89,9 @@ def test_data_is_never_read_as_what_it_is_not(name):
     ids.astype(np.uint16).tofile("ids.bin")
     np.random.default_rng(0).integers(128256, size=10000).astype(np.uint32).tofile("wider.bin")
     Path("text.gz").write_bytes(gzip.compress(Path("data.txt").read_bytes()))
+    Path("utf-16.txt").write_text(Path("data.txt").read_text(), "utf-16")
+    Path("text.xz").write_bytes(lzma.compress(Path("data.txt").read_bytes()))
+    os.mkfifo("pipe")
     Path("empty.npy").touch()
     np.save("floats.npy", ids * 1.0)
     np.save("rows.npy", ids.reshape(2, -1))
@@ -97,7 +111,8 @@ def test_resume_on_other_data_of_the_same_size_is_refused(name):
     kill(first)
     before = files("run")
     text = Path(name).read_bytes()
-    Path(name).write_bytes(text[1:] + text[:1])
+    middle = len(text) // 2
+    Path(name).write_bytes(text[:middle] + b"?" + text[middle + 1 :])
     refused(train("--run-dir", "run", "--val-data", "val.txt"), "began with other data")
     assert files("run") == before
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import pytest
 from test_train import ROOT, TINY, files, metrics, workdir  # noqa: F401 (a fixture)
 
 
@@ -41,6 +42,23 @@ def execute(sources):
     return str(nbformat.read("cells.ipynb", 4))
 
 
+def cells_of(run_dir):
+    """The cells of a tiny run in this directory."""
+    values = {"run_dir": run_dir}
+    for flag, value in zip(TINY[::2], TINY[1::2]):
+        values[flag[2:].replace("-", "_")] = int(value) if value.isdigit() else value
+    cells = code_cells()
+    config = find(cells, "open_run(Config())")
+    cells[config] = cells[config].replace("Config()", f"Config(**{values})")
+    return cells
+
+
+def fails(cell, old="", new=""):
+    """The cell, edited; it may raise."""
+    assert old in cell
+    return "# fails\n" + cell.replace(old, new)
+
+
 def test_notebook_is_the_script_and_shows_a_run():
     def cells(notebook):
         return [(cell.cell_type, cell.source.strip()) for cell in notebook.cells]
@@ -61,20 +79,6 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     optimizers = find(cells, "class Muon")
     record = find(cells, "def resume():")
     loop = find(cells, "for step in todo:")
-    flags = {}
-    for flag, value in zip(TINY[::2], TINY[1::2]):
-        flags[flag[2:].replace("-", "_")] = int(value) if value.isdigit() else value
-
-    def cells_of(run_dir):
-        values = flags | {"run_dir": run_dir}
-        copy = list(cells)
-        copy[config] = copy[config].replace("Config()", f"Config(**{values})")
-        return copy
-
-    def fails(cell, old="", new=""):
-        assert old in cell
-        return "# fails\n" + cell.replace(old, new)
-
     stopped = fails(cells[loop], "stop_signal = 0", "stop_signal = signal.SIGINT")
     typo = fails(cells[loop], "        optimizer.step()", "        optimizer.step(); typo")
     one, two, three, four = (cells_of(name) for name in ("one", "two", "three", "four"))
@@ -96,6 +100,9 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
         + four[loop:]
         # the config cell, and then the loop's
         + [cells_of("five")[config], fails(four[loop])]
+        # another run, without the cells of the data, the model and the optimizers
+        + cells_of("seven")[: config + 1]
+        + [fails(cells[record])]
         # a script inside the notebook has its own flags
         + [f"%run {ROOT}/train.py {' '.join(TINY)} --run-dir six"]
     )
@@ -103,11 +110,12 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
         assert metrics(run_dir) == metrics("one"), run_dir
         assert Path(run_dir, "sample.txt").exists()
         assert Path(run_dir, "result.json").exists()
-    assert os.listdir("five") == ["lock"]
+    assert os.listdir("five") == os.listdir("seven") == ["lock"]
     assert "run this cell again" in printed
     assert "error: this run has begun already" in printed
     assert "error: some weights of the model are in no optimizer" in printed
     assert "error: this is a new run" in printed
+    assert "error: device is not of this config" in printed
     assert json.loads(Path("six/meta.json").read_text())["script"] == "train.py"
 
     # the record of a notebook trains when it is run as a script
@@ -126,3 +134,21 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     opened = execute([*cells, look])
     assert str(metrics("one")[-1]["val_loss"]) in opened
     assert files("one") == before
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_resumed_in_a_new_kernel_and_whether_its_cells_are_the_same(edited):
+    cells = cells_of("run")
+    model = find(cells, "class GPT")
+    loop = find(cells, "for step in todo:")
+    stop = "adamw.register_step_post_hook(lambda *_: globals().update(stop_signal=signal.SIGINT))"
+    execute([*cells[:loop], stop, fails(cells[loop])])
+    assert Path("run/checkpoint.pt").exists() and not Path("run/result.json").exists()
+    if edited:
+        assert "F.relu(h).square()" in cells[model]
+        cells[model] = cells[model].replace("F.relu(h).square()", "F.relu(h)")
+    printed = execute(cells)
+    meta = json.loads(Path("run/meta.json").read_text())
+    assert [start["step"] for start in meta["starts"]] == [0, 1]
+    assert ("edited" in meta) == edited
+    assert (r"note: the code has changed since this run began\n" in printed) == edited

@@ -126,6 +126,11 @@ def test_what_cannot_work_is_refused_in_a_line_and_nothing_runs():
     assert "error: what is lsit?" in refused("lsit")
     assert "error: --run-dir is not yours" in refused("--run_dir=runs/x")
     assert "bash sweep.sh slurm" in sweep("--help").out
+    assert "error: --lr is not yours to give" in refused("--steps", "1", "--lr", "1")
+    assert "error: --seed is not yours to give" in refused("--seed=7")
+    edit("best=min", "best=lowest")
+    assert "error: best=lowest is neither min nor max" in refused()
+    edit("best=lowest", "best=min")
     edit("$optimizer-lr$lr-seed$seed", "$optimizer-lr$lr")
     assert "error: two runs are called adamw-lr1e-1:" in refused()
     edit('run "$optimizer-lr$lr"', "run")
@@ -157,7 +162,8 @@ def test_one_run_for_each_core_or_gpu():
     assert f"3 runs, {cores} at a time" in sweep(OMP_NUM_THREADS="8").out
     assert f"3 runs, {cores} at a time" in sweep(CUDA_VISIBLE_DEVICES="-1").out
     assert f"3 runs, {cores} at a time" in sweep(CUDA_VISIBLE_DEVICES="NoDevFiles").out
-    assert "3 runs, 1 at a time" in sweep(JOBS="1").out
+    assert "3 runs, 1 at a time" in sweep(JOBS="01").out
+    assert "3 runs, 3 at a time" in sweep(JOBS="08").out
     assert "JOBS=many is not a number" in sweep(JOBS="many").out
     shutil.rmtree("runs")
     assert "3 runs, 2 at a time" in sweep(CUDA_VISIBLE_DEVICES="4,GPU-5e,-1,6").out
@@ -197,6 +203,30 @@ def test_failures_are_named_finished_runs_skipped_and_a_grid_enlarged():
     assert len(metrics()) == 6 and before.items() <= metrics().items()
     typo = sweep(*TINY, "--lrr", "1")
     assert typo.out.count("FAILED: Unrecognized options: --lrr, 1") == 4
+
+
+def test_runs_of_code_that_was_edited_between_are_marked():
+    small_grid()
+    edit("1e-3 1e-2", "1e-2")
+    short = [*TINY, "--steps", "20"]
+    assert "other code" not in sweep(*short).out
+    path = f"{RUNS}/muon-lr1e-2-seed1"
+    Path(path, "result.json").unlink()  # as if stopped before its end
+    edit("lr in 1e-2", "lr in 1e-2 3e-3")
+    with open("train.py", "a") as f:
+        f.write("# edited\n")
+    for _ in range(2):  # the second time, the run that went on has a copy of the new code
+        done = sweep(*short)
+        assert done.returncode == 0, done.out
+        table = done.out.split("best (min) first\n")[1].splitlines()
+        assert table.pop().startswith("* is of other code")
+        marked = {line.split()[1]: line.endswith(" *") for line in table}
+        assert marked == {
+            "muon-lr1e-2-seed1": True,
+            "muon-lr3e-3-seed1": False,
+            "adamw-lr1e-2-seed1": True,
+            "adamw-lr3e-3-seed1": False,
+        }
 
 
 def interrupted(how, seconds):
