@@ -207,12 +207,12 @@ def test_failures_are_named_finished_runs_skipped_and_a_grid_enlarged():
 
 def test_runs_of_code_that_was_edited_between_are_marked():
     small_grid()
-    edit("1e-3 1e-2", "1e-2")
+    edit("optimizer in muon adamw", "optimizer in muon")
     short = [*TINY, "--steps", "20"]
     assert "other code" not in sweep(*short).out
     path = f"{RUNS}/muon-lr1e-2-seed1"
     Path(path, "result.json").unlink()  # as if stopped before its end
-    edit("lr in 1e-2", "lr in 1e-2 3e-3")
+    edit("lr in 1e-3 1e-2", "lr in 1e-3 1e-2 1e-1")
     with open("train.py", "a") as f:
         f.write("# edited\n")
     for _ in range(2):  # the second time, the run that went on has a copy of the new code
@@ -222,10 +222,9 @@ def test_runs_of_code_that_was_edited_between_are_marked():
         assert table.pop().startswith("* is of other code")
         marked = {line.split()[1]: line.endswith(" *") for line in table}
         assert marked == {
+            "muon-lr1e-3-seed1": True,
             "muon-lr1e-2-seed1": True,
-            "muon-lr3e-3-seed1": False,
-            "adamw-lr1e-2-seed1": True,
-            "adamw-lr3e-3-seed1": False,
+            "muon-lr1e-1-seed1": False,
         }
 
 
