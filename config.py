@@ -7,6 +7,7 @@ import fcntl
 import inspect
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -120,11 +121,13 @@ def open_run(defaults):
     """
     if "__dataclass_fields__" not in vars(type(defaults)):
         sys.exit("error: write @dataclass above class Config(Config), or its fields are lost")
-    typed = inspect.get_annotations(type(defaults))
-    for name, value in vars(type(defaults)).items():
-        if not name.startswith("_") and name not in typed and isinstance(value, (int, float, str)):
-            kind = type(value).__name__
-            sys.exit(f"error: a field of Config needs its type: {name}: {kind} = {value!r}")
+    for cls in type(defaults).__mro__[:-1]:
+        typed = inspect.get_annotations(cls)
+        for name, value in vars(cls).items():
+            method = callable(value) or hasattr(value, "__get__")
+            if not (method or name in typed or name.startswith("_")):
+                kind = type(value).__name__
+                sys.exit(f"error: a field of Config needs its type: {name}: {kind} = {value!r}")
     # A Jupyter kernel has its own command line; %run replaces it by the script's.
     notebook = sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py"))
     cfg = defaults
@@ -166,13 +169,14 @@ def open_run(defaults):
     meta = dict(began=time.time())
     if state != "new" and (run_dir / "meta.json").exists():
         meta = read_json(run_dir / "meta.json")
+    script_before = meta.get("script", script.name)
     # It was named in the code, not by a flag.
     opened = state == "finished" and (notebook or cfg.run_dir == defaults.run_dir)
     if state != "new":
-        stems = {Path(meta.get("script", script)).stem, script.stem}
+        stems = {Path(script_before).stem, script.stem}
         stems.discard("notebook")  # of a notebook that does not know its name
         if len(stems) > 1 and not opened:
-            sys.exit(f"error: {run_dir} is a run of {meta['script']}; name another --run-dir")
+            sys.exit(f"error: {run_dir} is a run of {script_before}; name another --run-dir")
         compare(cfg, code, meta, run_dir, rank)
     if state == "finished" and rank == 0:
         result = read_json(run_dir / "result.json")
@@ -193,21 +197,30 @@ def open_run(defaults):
         )
     run = SimpleNamespace(dir=run_dir, state=state, notebook=notebook, code=code, meta=meta)
     # What the cells below make of this config. In a notebook what they made of an earlier one is
-    # deleted, so that none of them can be left out.
+    # deleted, so that no run begins with another's model or data.
     run.made_by_cells = ["device", "fingerprint", "model", "optimizers"]
-    run.cells_before = ""
+    run.before = b""  # the copy of an unfinished run's code, of which write_cells makes a new one
     if notebook:
         variables = vars(sys.modules["__main__"])
         for name in run.made_by_cells:
             variables.pop(name, None)
         # In is Jupyter's list of the cells that ran, this one the last of them.
         run.first_cell = len(variables["In"]) - 1
-        copy = run_dir / f"{script.stem}.py"
+        copy = run_dir / f"{Path(script_before).stem}.py"
         if state == "unfinished" and copy.exists():
-            run.cells_before = copy.read_text()
+            run.before = copy.read_bytes()
     # The record cell sets it, so that one open_run serves one run.
     run.used = False
+    # The loop sets it when all steps are done.
+    run.trained = False
     return cfg, run
+
+
+def split_cells(source):
+    """The cells of a script, or of what a notebook ran, as a set of texts; without the config's,
+    whose values are compared instead."""
+    parts = re.split(r"(?m)^# %%.*$", source.decode("utf-8", "replace"))
+    return {part.strip() for part in parts if "open_run(" not in part}
 
 
 def enter(run_dir, rank):
@@ -257,7 +270,11 @@ def compare(cfg, code, meta, run_dir, rank):
         if rank > 0 or not copy.exists():
             continue
         old = copy.read_bytes()
-        if old != content:
+        same = old == content
+        if str(meta.get("script")).endswith(".ipynb") and name != Path(__file__).name:
+            # The copy of a notebook has the cells that ran, as yet perhaps not all.
+            same = split_cells(old) <= split_cells(content)
+        if not same:
             print(f"note: the code has changed since this run, see {copy}")
             meta.setdefault("edited", []).append(f"{name} {zlib.crc32(old):x}")
 

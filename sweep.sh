@@ -25,14 +25,16 @@ grid() { # a dimension is a loop, its value in the name, and its flag
 }
 
 run() { # called by the grid, with a run's name and its own flags
-  local name=$1 dir=runs/$sweep/$1 flag
+  local name=$1 dir=runs/$sweep/$1 flag theirs
   local line=("${command[@]}" --run-dir "$dir" --wandb-group "$sweep" "${common[@]}")
   line+=("${@:2}" "${extra[@]}")
   [[ "$name" =~ ^[^-./][^/]*$ ]] || fail "'$name' cannot be the name of a run"
   [[ "${line[*]}" != *--run[-_]dir*--run[-_]dir* ]] ||
     fail "--run-dir is not yours to give: sweep= in sweep.sh names the runs' folder"
-  for flag in "${@:2}"; do
-    [[ "$flag" != --* || " ${extra[*]//_/-} " != *" ${flag//_/-}"[\ =]* ]] ||
+  for flag in "${@:2}"; do # --idea and --no-idea are one flag, as are --a_b and --a-b
+    flag=${flag%%=*} && flag=${flag/#--no-/--}
+    theirs=" ${extra[*]//_/-} "
+    [[ "$flag" != --* || "${theirs// --no-/ --}" != *" ${flag//_/-}"[\ =]* ]] ||
       fail "$flag is not yours to give: the grid in sweep.sh gives it"
   done
   case $doing in
@@ -59,7 +61,7 @@ run() { # called by the grid, with a run's name and its own flags
 }
 
 wait_for_a_run() { # until one ends: sets its slot, which is free now, and says what came of it
-  local name dir number news mark='' code=0
+  local name dir number news code=0
   until false; do
     for slot in "${!processes[@]}"; do
       kill -0 "${processes[slot]}" || break 2
@@ -73,9 +75,8 @@ wait_for_a_run() { # until one ends: sets its slot, which is free now, and says 
   if [[ "$code" = 0 && "$(cat "$dir/result.json")" =~ $number ]]; then
     measure=${BASH_REMATCH[1]}
     value=$(LC_ALL=C printf %.5g "${BASH_REMATCH[2]}")
-    ! by_other_code "$dir" || mark=" *" others=$((others + 1))
-    table+=$(printf '%-10s %s' "$value" "$name$mark")$'\n'
-    news="$measure $value$mark"
+    table+="$value $name"$'\n'
+    news="$measure $value"
     [ "${new[slot]}" = 1 ] || news="was finished: $news"
   else # the last line of an error, or the first in the box of one, but not of an earlier try
     news=$(tr -d '\0' < "$dir/log.txt" | awk '
@@ -92,10 +93,13 @@ wait_for_a_run() { # until one ends: sets its slot, which is free now, and says 
   echo "$ended of $total  $name  $news  $(clock $left) left"
 }
 
-by_other_code() { # so says the run itself: in its log, or where it went on by edited code
-  grep -qs '"edited"' "$1/meta.json" ||
-    awk '/^sweep.sh, / { n = 0 } /^note: the code has changed/ { n = 1 } END { exit !n }' \
-      "$1/log.txt"
+by_other_code() { # whether a run's copies of its code differ from that code, or did in mid-run
+  local copy file
+  for copy in "$1"/*.py; do
+    file=$(dirname "$script")/${copy##*/}
+    [ ! -e "$copy" ] || [ ! -e "$file" ] || cmp -s "$copy" "$file" || return 0
+  done
+  grep -qs '"edited"' "$1/meta.json"
 }
 
 # shellcheck disable=SC2317,SC2329
@@ -173,7 +177,7 @@ main() { # read to its end before it begins, so that the file can be edited whil
 
   trap stop_runs EXIT
   trap 'exit 130' HUP INT QUIT TERM PIPE
-  SECONDS=0 ended=0 trained=0 others=0 processes=() failed=() measure=result table='' order=-g
+  SECONDS=0 ended=0 trained=0 processes=() failed=() measure=result table='' order=-g
   grid
   while [ ${#processes[@]} != 0 ]; do wait_for_a_run; done
   echo "$total runs, ${#failed[@]} failed, in $(clock $SECONDS)"
@@ -181,8 +185,13 @@ main() { # read to its end before it begins, so that the file can be edited whil
   if [ -n "$table" ]; then
     echo "plot.ipynb draws runs/$sweep"
     printf '%-10s %s\n' "$measure" "run, the best ($best) first"
-    printf '%s' "$table" | LC_ALL=C sort "$order"
-    [ $others = 0 ] || echo "* is of other code: it has changed since; another sweep= trains anew"
+    marks=''
+    while read -r value name; do
+      mark=''
+      ! by_other_code "runs/$sweep/$name" || mark=" *" marks="* trained by code that has changed"
+      printf '%-10s %s\n' "$value" "$name$mark"
+    done < <(printf '%s' "$table" | LC_ALL=C sort "$order")
+    [ -z "$marks" ] || echo "$marks"
   fi
   [ ${#failed[@]} = 0 ] || { printf 'FAILED     %s\n' "${failed[@]}" && exit 1; }
 }

@@ -4,7 +4,7 @@
 
 # %%
 # config: flags in the script; in the notebook edit this line, as in Config(lr=3e-3)
-from config import Config, open_run, read_json
+from config import Config, open_run, read_json, split_cells
 
 cfg, run = open_run(Config())
 
@@ -42,7 +42,7 @@ if device_name == "cuda":
 try:
     device = torch.empty(1, device=device_name).device
 except (RuntimeError, AssertionError) as error:
-    reason = str(error).splitlines()[0]
+    reason = str(error)[:200].splitlines()[0]
     sys.exit(f"error: --device {cfg.device} is not here: {reason}")
 on_cuda = device.type == "cuda"
 if on_cuda:
@@ -101,18 +101,19 @@ def open_tokens(name):
     # The ids, (N,), of a .npy of any integers, a .bin, or else of a text's bytes.
     try:
         path = Path(name).expanduser()
+        if path.is_fifo():
+            raise ValueError("it is a pipe")
         if name == "stdlib":
             tokens = stdlib_source()
         elif path.suffix.lower() == ".npy":
             tokens = np.lib.format.open_memmap(path, mode="r")
         elif path.suffix.lower() == ".bin":
             tokens = open_bin(path)
-        elif path.is_fifo():
-            raise ValueError("it is a pipe")
         else:
             tokens = np.memmap(path, np.uint8, mode="r")
-            # Compressed or other binary data has zeros; .gz may be too short for one.
-            if 0 in tokens[:1_000_000] or bytes(tokens[:2]) == b"\x1f\x8b":
+            # Other data, compressed or not, has many zeros; a .gz may be too short for them.
+            zeros = np.mean(tokens[:1_000_000] == 0)
+            if zeros > 0.001 or bytes(tokens[:2]) == b"\x1f\x8b":
                 raise ValueError("it is no plain text: unpack it, or save ids as .npy")
         largest = np.iinfo(tokens.dtype).max
     except Exception as error:
@@ -200,7 +201,8 @@ tokens_per_step = cfg.batch_size * cfg.seq_len
 fingerprint = [len(train_data), len(val_data)]
 for tokens in (train_data, val_data):
     if len(tokens) > 10_000_000:
-        tokens = tokens[:: len(tokens) // 10_000]
+        some = np.random.default_rng(0).integers(len(tokens), size=10_000)
+        tokens = tokens[np.sort(some)]
     fingerprint.append(zlib.crc32(tokens.tobytes()))
 
 # %%
@@ -407,15 +409,14 @@ def write_cells():
     # In is Jupyter's list of the cells that ran; the loop's is among them when this is called.
     if run.notebook:
         name = Path(run.meta["script"]).stem + ".py"
-        cells = In[run.first_cell :]
-        # The first is the config's, whose values are compared when the run is opened.
-        if run.cells_before and not all(cell in run.cells_before for cell in cells[1:]):
-            print("note: the code has changed since this run began")
-            checksum = zlib.crc32(run.cells_before.encode())
+        source = "\n\n# %%\n".join(In[run.first_cell :]).encode()
+        if run.before and split_cells(source) - split_cells(run.before):
+            print("note: other cells ran than before in this run")
+            checksum = zlib.crc32(run.before)
             run.meta.setdefault("edited", []).append(f"{name} {checksum:x}")
             write("meta.json", json.dumps(run.meta, indent=2).encode())
-        run.cells_before = ""
-        write(name, "\n\n".join(cells).encode())
+        run.before = b""
+        write(name, source)
 
 def load_checkpoint(run_dir):
     path = Path(run_dir).expanduser() / "checkpoint.pt"
@@ -426,10 +427,19 @@ def load_checkpoint(run_dir):
 
 def resume():
     # Returns the optimizer steps and the seconds of training that the checkpoint stands for.
+    before = run.meta.get("data", fingerprint)
+    if before != fingerprint:
+        what = f"ids and checksums {before} there, {fingerprint} here"
+        if run.state != "finished":
+            sys.exit(f"error: {run.dir} began with other data ({what}); name another --run-dir")
+        print(f"note: {run.dir} was trained on other data ({what})")
     trainable = {p for p in model.parameters() if p.requires_grad}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             trainable -= set(group["params"])
+            # as the code has it, before any step
+            options = {name: value for name, value in group.items() if name != "params"}
+            group.setdefault("options", options)
     if trainable:
         sys.exit("error: some weights of the model are in no optimizer: add them, or run its cell")
     if run.state == "finished" or (run.dir / "checkpoint.pt").exists():
@@ -437,10 +447,12 @@ def resume():
         try:
             model.load_state_dict(checkpoint["model"])
             for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-                # The momenta are the run's; the options (scale, beta) are what the code says now.
                 groups = optimizer.param_groups
                 optimizer.load_state_dict(saved)
-                optimizer.param_groups = groups
+                # Options (scale, beta) that were edited are what the code says now.
+                for i, group in enumerate(groups):
+                    if optimizer.param_groups[i].get("options") != group["options"]:
+                        optimizer.param_groups[i] = group
         except (RuntimeError, ValueError) as error:
             sys.exit(f"error: {run.dir} was trained by other code, its copy is there: {error}")
         return checkpoint["updates"], checkpoint["seconds"]
@@ -501,12 +513,6 @@ def check_finite(values, step):
         advice = f"try an --lr below {cfg.lr:g}, in another --run-dir"
         sys.exit(f"error: not finite at step {step}: {values}; {advice}")
 
-before = run.meta.get("data", fingerprint)
-if before != fingerprint:
-    what = f"ids and checksums {before} there, {fingerprint} here"
-    if run.state != "finished":
-        sys.exit(f"error: {run.dir} began with other data ({what}); name another --run-dir")
-    print(f"note: {run.dir} was trained on other data ({what})")
 updates, seconds = resume()
 span = all_reduce(torch.tensor([updates, -updates]), dist.ReduceOp.MAX)  # most and fewest
 if span.sum() != 0:
@@ -679,6 +685,7 @@ if stop:
     if rank == 0:
         sys.exit(128 + stop)
     sys.exit()
+run.trained = True
 
 # %%
 # a sample: what the model writes
@@ -692,7 +699,8 @@ if recording and cfg.sample_tokens > 0:
         next_id = torch.multinomial(probabilities, 1)
         ids = torch.cat((ids, next_id[None]), dim=1)
     sample = ids[0, 1:].tolist()
-    if Path(cfg.data).suffix.lower() not in (".npy", ".bin"):  # the bytes of a text
+    is_text = train_data.dtype == np.uint8 and not cfg.data.lower().endswith(".npy")
+    if is_text:
         sample = bytes(sample).decode(errors="replace")
     write("sample.txt", str(sample).encode())
     track("log", dict(sample=str(sample)), step=step)
@@ -707,6 +715,8 @@ if recording and cfg.sample_tokens > 0:
 
 # %%
 # the result
+if recording and not run.trained:
+    sys.exit("error: this run is not trained: run the loop's cell to its end")
 if recording:
     result = measures | dict(
         steps=step,

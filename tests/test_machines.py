@@ -103,6 +103,17 @@ def test_data_is_never_read_as_what_it_is_not(name):
     assert words in error_here("--run-dir", "run", *flags)
 
 
+def test_large_data_in_rows_that_begin_alike_is_told_apart():
+    rng = np.random.default_rng(0)
+    for run_dir in ("one", "two"):
+        rows = rng.integers(1, 256, size=(12_000, 1000), dtype=np.uint8)
+        rows[:, 0] = 0
+        np.save("rows.npy", rows.flatten())
+        train_here("--data", "rows.npy", "--run-dir", run_dir, *SHORT)
+    one, two = [json.loads(Path(run, "meta.json").read_text())["data"] for run in ("one", "two")]
+    assert one[:2] == two[:2] == [10_800_000, 1_200_000] and one[2] != two[2]
+
+
 @pytest.mark.parametrize("name", ["data.txt", "val.txt"])
 def test_resume_on_other_data_of_the_same_size_is_refused(name):
     shutil.copy("data.txt", "val.txt")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def execute(sources):
     """Run these cells in a kernel, those that begin with `# fails` may raise; return its output."""
     notebook = nbformat.v4.new_notebook()
     for source in sources:
-        cell = nbformat.v4.new_code_cell(source)
+        cell = nbformat.v4.new_code_cell(source.removeprefix("# fails\n"))
         if source.startswith("# fails"):
             cell.metadata["tags"] = ["raises-exception"]
         notebook.cells.append(cell)
@@ -79,6 +80,7 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     optimizers = find(cells, "class Muon")
     record = find(cells, "def resume():")
     loop = find(cells, "for step in todo:")
+    result = find(cells, "# the result")
     stopped = fails(cells[loop], "stop_signal = 0", "stop_signal = signal.SIGINT")
     typo = fails(cells[loop], "        optimizer.step()", "        optimizer.step(); typo")
     one, two, three, four = (cells_of(name) for name in ("one", "two", "three", "four"))
@@ -103,6 +105,9 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
         # another run, without the cells of the data, the model and the optimizers
         + cells_of("seven")[: config + 1]
         + [fails(cells[record])]
+        # another run, without the loop
+        + cells_of("eight")[:loop]
+        + [fails(cells[result])]
         # a script inside the notebook has its own flags
         + [f"%run {ROOT}/train.py {' '.join(TINY)} --run-dir six"]
     )
@@ -116,6 +121,7 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     assert "error: some weights of the model are in no optimizer" in printed
     assert "error: this is a new run" in printed
     assert "error: device is not of this config" in printed
+    assert "error: this run is not trained" in printed and not Path("eight/result.json").exists()
     assert json.loads(Path("six/meta.json").read_text())["script"] == "train.py"
 
     # the record of a notebook trains when it is run as a script
@@ -136,19 +142,39 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     assert files("one") == before
 
 
-@pytest.mark.parametrize("edited", [False, True])
-def test_resumed_in_a_new_kernel_and_whether_its_cells_are_the_same(edited):
+# as if the first step were interrupted
+STOP = """
+import signal
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+register_optimizer_step_post_hook(lambda *_: globals().update(stop_signal=signal.SIGINT))
+"""
+
+
+@pytest.mark.parametrize("by", ["the same cells", "edited cells", "the script"])
+def test_resumed_in_a_new_kernel_or_by_the_script(by):
     cells = cells_of("run")
+    config = find(cells, "open_run(Config(")
     model = find(cells, "class GPT")
     loop = find(cells, "for step in todo:")
-    stop = "adamw.register_step_post_hook(lambda *_: globals().update(stop_signal=signal.SIGINT))"
-    execute([*cells[:loop], stop, fails(cells[loop])])
+    stopping = list(cells[: loop + 1])
+    stopping[config] += STOP
+    stopping[loop] = fails(cells[loop])
+    execute(stopping)
     assert Path("run/checkpoint.pt").exists() and not Path("run/result.json").exists()
-    if edited:
+    if by == "edited cells":
         assert "F.relu(h).square()" in cells[model]
         cells[model] = cells[model].replace("F.relu(h).square()", "F.relu(h)")
-    printed = execute(cells)
+    if by == "the script":
+        shutil.copy(ROOT / "train.py", "mine.py")
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "mine.py", *TINY, "--run-dir", "run"]
+        printed = subprocess.check_output(command, text=True, env=environment)
+        assert "note:" not in printed
+    else:
+        printed = execute(cells)
     meta = json.loads(Path("run/meta.json").read_text())
     assert [start["step"] for start in meta["starts"]] == [0, 1]
-    assert ("edited" in meta) == edited
-    assert (r"note: the code has changed since this run began\n" in printed) == edited
+    assert ("edited" in meta) == (by == "edited cells")
+    noted = r"note: other cells ran than before in this run\n" in printed
+    assert noted == (by == "edited cells")

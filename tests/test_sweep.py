@@ -133,6 +133,9 @@ def test_what_cannot_work_is_refused_in_a_line_and_nothing_runs():
     edit("best=lowest", "best=min")
     edit("$optimizer-lr$lr-seed$seed", "$optimizer-lr$lr")
     assert "error: two runs are called adamw-lr1e-1:" in refused()
+    edit('--seed "$seed"', '--no-x --seed="$seed"')
+    assert "error: --seed is not yours to give" in refused("--seed", "7")
+    assert "error: --x is not yours to give" in refused("--x")
     edit('run "$optimizer-lr$lr"', "run")
     assert "error: '--optimizer' cannot be the name of a run" in refused("slurm")
     grid_of_mine("run a --x 1")
@@ -209,7 +212,7 @@ def test_runs_of_code_that_was_edited_between_are_marked():
     small_grid()
     edit("optimizer in muon adamw", "optimizer in muon")
     short = [*TINY, "--steps", "20"]
-    assert "other code" not in sweep(*short).out
+    assert "has changed" not in sweep(*short).out
     path = f"{RUNS}/muon-lr1e-2-seed1"
     Path(path, "result.json").unlink()  # as if stopped before its end
     edit("lr in 1e-3 1e-2", "lr in 1e-3 1e-2 1e-1")
@@ -219,7 +222,7 @@ def test_runs_of_code_that_was_edited_between_are_marked():
         done = sweep(*short)
         assert done.returncode == 0, done.out
         table = done.out.split("best (min) first\n")[1].splitlines()
-        assert table.pop().startswith("* is of other code")
+        assert table.pop().startswith("* trained by code that has changed")
         marked = {line.split()[1]: line.endswith(" *") for line in table}
         assert marked == {
             "muon-lr1e-3-seed1": True,

@@ -428,6 +428,22 @@ def test_resume_after_an_edit_of_an_option_trains_by_the_edited_code():
     assert "scale" not in groups[0] and groups[1]["scale"] == 9.0
 
 
+def test_resume_of_what_an_optimizer_keeps_in_its_groups():
+    copy_code()
+    text = Path("train.py").read_text()
+    begin = "        for group in self.param_groups:\n"
+    assert begin in text and "alpha=-group" in text
+    text = text.replace(begin, begin + "            group['k'] = group.get('k', 0) + 1\n")
+    text = text.replace("alpha=-group['lr']".replace("'", '"'), 'alpha=-group["lr"] / group["k"]')
+    Path("train.py").write_text(text)
+    trained("--run-dir", "whole", script="train.py")
+    killed = start("--run-dir", "killed", script="train.py")
+    wait_until(killed, lambda: has_rows("killed", 22))
+    kill(killed)
+    trained("--run-dir", "killed", script="train.py")
+    assert metrics("killed") == metrics("whole")
+
+
 def test_a_run_that_never_trained_may_be_corrected():
     copy_code()
     text = Path("train.py").read_text()
@@ -490,7 +506,7 @@ def test_error_in_two_processes_or_in_the_second():
     # of an error in the second process alone both end
     copy_code()
     text = Path("train.py").read_text()
-    fault = "    # Report.\n    if rank == 1 and step == 7:\n        sys.exit('error: the second')\n"
+    fault = "    # Report.\n    if rank == 1 and step == 7: sys.exit('error: the second')\n"
     Path("train.py").write_text(text.replace("    # Report.\n", fault))
     process = train("--run-dir", "run", script="train.py", launcher=TWO_PROCESSES)
     assert process.returncode == 1
