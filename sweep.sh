@@ -31,10 +31,10 @@ run() { # called by the grid, with a run's name and its own flags
   [[ "$name" =~ ^[^-./][^/]*$ ]] || fail "'$name' cannot be the name of a run"
   [[ "${line[*]}" != *--run[-_]dir*--run[-_]dir* ]] ||
     fail "--run-dir is not yours to give: sweep= in sweep.sh names the runs' folder"
+  theirs=" ${extra[*]//_/-} " && theirs=${theirs// --no-/ --}
   for flag in "${@:2}"; do # --idea and --no-idea are one flag, as are --a_b and --a-b
     flag=${flag%%=*} && flag=${flag/#--no-/--}
-    theirs=" ${extra[*]//_/-} "
-    [[ "$flag" != --* || "${theirs// --no-/ --}" != *" ${flag//_/-}"[\ =]* ]] ||
+    [[ "$flag" != --* || "$theirs" != *" ${flag//_/-}"[\ =]* ]] ||
       fail "$flag is not yours to give: the grid in sweep.sh gives it"
   done
   case $doing in

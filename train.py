@@ -42,7 +42,7 @@ if device_name == "cuda":
 try:
     device = torch.empty(1, device=device_name).device
 except (RuntimeError, AssertionError) as error:
-    reason = str(error)[:200].splitlines()[0]
+    reason = str(error)[:200].partition("\n")[0]
     sys.exit(f"error: --device {cfg.device} is not here: {reason}")
 on_cuda = device.type == "cuda"
 if on_cuda:
@@ -394,6 +394,9 @@ def write(name, data):
     except OSError as error:
         sys.exit(f"error: cannot write {path}: {error}")
 
+def write_json(name, values):
+    write(name, json.dumps(values, indent=2).encode())
+
 def save():
     if not recording:
         return
@@ -414,7 +417,7 @@ def write_cells():
             print("note: other cells ran than before in this run")
             checksum = zlib.crc32(run.before)
             run.meta.setdefault("edited", []).append(f"{name} {checksum:x}")
-            write("meta.json", json.dumps(run.meta, indent=2).encode())
+            write_json("meta.json", run.meta)
         run.before = b""
         write(name, source)
 
@@ -521,12 +524,12 @@ if recording and updates > 0:
     print(f"{run.dir} resumes at step {updates}")
 
 if recording:
-    write("config.json", json.dumps(vars(cfg), indent=2).encode())
+    write_json("config.json", vars(cfg))
     here = dict(torch=torch.__version__, device=str(device), compile=compiling)
     here["processes"] = world_size
     run.meta |= here | dict(data=fingerprint, dtype=dtype_name)
     run.meta.setdefault("starts", []).append(dict(step=updates) | here)
-    write("meta.json", json.dumps(run.meta, indent=2).encode())
+    write_json("meta.json", run.meta)
     for name, code in run.code.items():
         write(name, code)
 run.used = True
@@ -729,7 +732,7 @@ if recording:
         run_dir=str(run.dir),
     )
     write_cells()
-    write("result.json", json.dumps(result, indent=2).encode())  # the run is finished
+    write_json("result.json", result)  # the run is finished
     print("---")
     for name, value in result.items():
         if isinstance(value, float):

@@ -15,6 +15,7 @@ from test_train import (  # noqa: F401 (workdir is a fixture)
     copy_code,
     has_rows,
     kill,
+    killed_and_resumed,
     metrics,
     refused,
     start,
@@ -66,11 +67,7 @@ def test_classifier_trains_resumes_and_equals_itself_in_two_processes(mine):
     other = train(*FLAGS, "--run-dir", "one", "--classes", 3, script=mine)
     refused(other, "classes is 5 there, 3 here")
 
-    killed = start(*FLAGS, "--run-dir", "killed", script=mine)
-    wait_until(killed, lambda: has_rows("killed", 22))
-    kill(killed)
-    trained(*FLAGS, "--run-dir", "killed", script=mine)
-    assert metrics("killed") == metrics("one")
+    assert killed_and_resumed(*FLAGS, script=mine) == metrics("one")
 
     trained(*FLAGS, "--run-dir", "two", script=mine, launcher=TWO_PROCESSES)
     for row, other in zip(metrics("two"), metrics("one"), strict=True):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,15 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from test_train import ROOT, TINY, files, metrics, workdir  # noqa: F401 (a fixture)
+from test_train import (  # noqa: F401 (workdir is a fixture)
+    ROOT,
+    TINY,
+    copy_code,
+    files,
+    metrics,
+    trained,
+    workdir,
+)
 
 
 def code_cells():
@@ -166,10 +173,9 @@ def test_resumed_in_a_new_kernel_or_by_the_script(by):
         assert "F.relu(h).square()" in cells[model]
         cells[model] = cells[model].replace("F.relu(h).square()", "F.relu(h)")
     if by == "the script":
-        shutil.copy(ROOT / "train.py", "mine.py")
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "mine.py", *TINY, "--run-dir", "run"]
-        printed = subprocess.check_output(command, text=True, env=environment)
+        copy_code()
+        Path("train.py").rename("mine.py")
+        printed = trained("--run-dir", "run", script="mine.py").out
         assert "note:" not in printed
     else:
         printed = execute(cells)

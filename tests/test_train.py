@@ -79,6 +79,15 @@ def trained(*flags, **kwargs):
     return process
 
 
+def killed_and_resumed(*flags, **kwargs):
+    """The rows of a run that is killed after its first checkpoints, and then resumed."""
+    killed = start(*flags, "--run-dir", "killed", **kwargs)
+    wait_until(killed, lambda: has_rows("killed", 22))
+    kill(killed)
+    trained(*flags, "--run-dir", "killed", **kwargs)
+    return metrics("killed")
+
+
 def train_here(*flags):
     """The variables of train.py after it ran in this process, which has imported torch."""
     locks.clear()
@@ -341,11 +350,7 @@ def test_resume_of_a_model_with_dropout():
     text = text.replace("return dict(val_loss=", random)
     Path("train.py").write_text(text)
     trained("--run-dir", "whole", script="train.py")
-    first = start("--run-dir", "run", script="train.py")
-    wait_until(first, lambda: has_rows("run", 22))
-    kill(first)
-    trained("--run-dir", "run", script="train.py")
-    assert metrics("run") == metrics("whole")
+    assert killed_and_resumed(script="train.py") == metrics("whole")
 
 
 def test_no_other_script_goes_on_with_a_run():
@@ -432,16 +437,12 @@ def test_resume_of_what_an_optimizer_keeps_in_its_groups():
     copy_code()
     text = Path("train.py").read_text()
     begin = "        for group in self.param_groups:\n"
-    assert begin in text and "alpha=-group" in text
+    assert begin in text and 'alpha=-group["lr"]' in text
     text = text.replace(begin, begin + "            group['k'] = group.get('k', 0) + 1\n")
-    text = text.replace("alpha=-group['lr']".replace("'", '"'), 'alpha=-group["lr"] / group["k"]')
+    text = text.replace('alpha=-group["lr"]', 'alpha=-group["lr"] / group["k"]')
     Path("train.py").write_text(text)
     trained("--run-dir", "whole", script="train.py")
-    killed = start("--run-dir", "killed", script="train.py")
-    wait_until(killed, lambda: has_rows("killed", 22))
-    kill(killed)
-    trained("--run-dir", "killed", script="train.py")
-    assert metrics("killed") == metrics("whole")
+    assert killed_and_resumed(script="train.py") == metrics("whole")
 
 
 def test_a_run_that_never_trained_may_be_corrected():
