@@ -1,286 +1,356 @@
-"""Every knob of the experiment in one flat dataclass, and the rule of the run directory.
-
-A new flag is a new line in Config; its comment is its --help.
-"""
-import errno
+"""Config: every flag, a line each, its comment the --help. Run: the record of a run."""
+import contextlib
 import fcntl
-import inspect
+import io
 import json
+import math
 import os
-import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
-import zlib
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import tyro
-
-# The variables of wandb are the defaults of its flags.
-wandb_mode = os.environ.get("WANDB_MODE")
-if wandb_mode not in ("online", "offline", "disabled"):
-    wandb_mode = "offline"
-
+from tqdm import tqdm
 
 @dataclass
-class Config:
+class Record:
+    """What Run reads: the base of any experiment's Config."""
+
+    run_dir: str = ""  # its folder; empty: runs/<start time>
+    wandb: str = os.environ.get("WANDB_MODE") or "offline"  # or online, disabled
+    wandb_project: str = os.environ.get("WANDB_PROJECT") or "gpt"
+    wandb_group: str = ""  # such as a sweep's name
+    steps: int = 300  # optimizer steps
+    log_every: int = 10  # steps between rows of metrics.jsonl
+    eval_every: int = 50  # steps between evaluations, and checkpoints
+
+    def __setattr__(self, name, value):
+        if "opened" in vars(self):
+            raise AttributeError(f"too late: write Config({name}={value!r}) in the config cell")
+        super().__setattr__(name, value)
+
+    @classmethod
+    def load(cls, run_dir):
+        """The config of an earlier run."""
+        return cls(**read_json(run_dir, "config.json") | {"run_dir": str(run_dir)})
+
+@dataclass
+class Config(Record):
     """Train a small GPT. The same line again resumes an unfinished --run-dir."""
 
     # data
-    data: str = "stdlib"  # a text, token ids (.npy, .bin), or stdlib: Python's source
-    val_data: str = ""  # validation file; empty: the last tenth of --data
-    vocab_size: int = 256  # token ids: 256 for bytes, 50304 for GPT-2's tokens
+    data: str = "stdlib"  # a text, ids (.npy, .bin), or stdlib: Python's source
+    val_data: str = ""  # empty: the last tenth of --data
+    vocab_size: int = 256  # 256 for bytes, 50304 for GPT-2's tokens
     seq_len: int = 128  # tokens in a training window
-    batch_size: int = 32  # sequences per optimizer step, over all processes
-    micro_batch_size: int = 0  # sequences per forward pass of a process; 0: its whole share
+    batch_size: int = 32  # sequences in a step, over all processes
+    micro_batch_size: int = 0  # in a forward pass; 0: a process's share
 
     # model
     n_layer: int = 4  # transformer blocks
     n_head: int = 2  # attention heads
     n_embd: int = 128  # width of the residual stream
-    init_from: str = ""  # run directory whose weights a new run begins with
+    init_from: str = ""  # run directory whose weights it begins with
 
     # optimizer
-    optimizer: Literal["muon", "adamw"] = "muon"  # of the matrices; the rest takes AdamW
-    lr: float = 1.5e-2  # peak learning rate of Muon and AdamW, times the scale of a group
-    weight_decay: float = 0.1  # decoupled, of the matrices
-    warmup: int = 0  # steps in which lr rises to its peak
-    cooldown: float = 0.5  # final fraction of the run, in which lr falls to 0
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the hidden matrices
+    lr: float = 1.5e-2  # peak learning rate
+    weight_decay: float = 0.1  # of the hidden matrices
+    warmup: int = 0  # steps until its peak
+    cooldown: float = 0.5  # final fraction, in which lr falls to 0
 
-    # loop
-    steps: int = 300  # optimizer steps
-    log_every: int = 10  # steps between two lines of metrics.jsonl
-    eval_every: int = 50  # steps between two evaluations, each with a checkpoint
-    eval_tokens: int = 32768  # validation tokens in an evaluation, each time the same
-    sample_tokens: int = 512  # length of the text written at the end
+    # evaluation
+    eval_tokens: int = 32768  # of the validation data
+    sample_tokens: int = 512  # written at the end
 
     # machine
     seed: int = 1337  # of weights, batches and sample
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best available
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
 
-    # record
-    run_dir: str = ""  # where everything is written; empty: runs/<start time>
-    wandb: Literal["online", "offline", "disabled"] = wandb_mode  # offline needs no account
-    wandb_project: str = os.environ.get("WANDB_PROJECT") or "gpt"  # its name on wandb
-    wandb_group: str = ""  # such as the name of a sweep
-
     def __post_init__(self):
-        positive = [
-            "vocab_size", "seq_len", "batch_size", "n_layer", "n_head", "n_embd",
-            "lr", "steps", "log_every", "eval_every", "eval_tokens",
-        ]  # fmt: skip
-        for name in positive:
-            if not 0 < getattr(self, name) < float("inf"):
+        for name in ("lr", "steps", "log_every", "eval_every", "batch_size"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive")
-        for name in ["micro_batch_size", "weight_decay", "warmup", "sample_tokens", "seed"]:
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} must be 0 or more, and below 2**63")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError("cooldown must be between 0 and 1")
-        if self.n_embd % (2 * self.n_head) != 0:
-            raise ValueError("n_embd must be a multiple of twice n_head")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size != 0:
-            raise ValueError("micro_batch_size must divide batch_size")
-        for field in fields(self):
-            choices = get_args(field.type)
-            if get_origin(field.type) is Literal and getattr(self, field.name) not in choices:
-                raise ValueError(f"{field.name} must be one of {choices}")
 
-    @classmethod
-    def load(cls, run_dir):
-        """The config of an earlier run; open_run(Config.load("runs/NAME")) opens that run."""
-        path = Path(run_dir).expanduser() / "config.json"
-        try:
-            return cls(**read_json(path) | {"run_dir": str(run_dir)})
-        except (ValueError, TypeError) as error:
-            sys.exit(f"error: {path} is not a config of this code: {error}")
-
-
-# Fields that do not make another experiment: a run resumes with other values of them.
-ASIDE = [
-    "run_dir", "wandb", "wandb_project", "wandb_group", "device", "compile", "micro_batch_size",
-    "log_every", "eval_every", "sample_tokens",
-]  # fmt: skip
+# Fields that make no other experiment: a run resumes with other values of them.
+ASIDE = {"run_dir", "wandb", "wandb_project", "wandb_group", "log_every", "eval_every"}
+ASIDE |= {"sample_tokens", "device", "compile"}
 
 own_source = Path(__file__).read_bytes()  # as it is imported
-locks = {}  # lock files, open as long as the process
-
+made_by_cells = {"device", "fingerprint"}  # and the names that run.resume is handed
 
 def open_run(defaults):
-    """The flags over `defaults`, and what is in their run directory: (cfg, run).
+    """The flags over `defaults`, and the record of the run that they name: (cfg, run).
 
-    Nothing: a new run. An unfinished run: it resumes. A finished one: a script ends here, but a
-    notebook, and a script whose code names the run, get its weights: nothing is trained or
-    written. Anything else is an error, at once, before torch is imported.
+    A finished run ends a script, but opens in a notebook, or if the code names it: nothing is
+    written. Refuses another experiment's run, and other files.
     """
-    if "__dataclass_fields__" not in vars(type(defaults)):
-        sys.exit("error: write @dataclass above class Config(Config), or its fields are lost")
-    for cls in type(defaults).__mro__[:-1]:
-        typed = inspect.get_annotations(cls)
-        for name, value in vars(cls).items():
-            method = callable(value) or hasattr(value, "__get__")
-            if not (method or name in typed or name.startswith("_")):
-                kind = type(value).__name__
-                sys.exit(f"error: a field of Config needs its type: {name}: {kind} = {value!r}")
-    # A Jupyter kernel has its own command line; %run replaces it by the script's.
-    notebook = sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py"))
-    cfg = defaults
-    if not notebook:
-        cfg = tyro.cli(type(defaults), default=defaults)
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # not every terminal knows UTF-8
-    command = ["python", *sys.argv]
-    if not cfg.run_dir:
-        cfg.run_dir = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
-        command += ["--run-dir", cfg.run_dir]
-    for name, value in vars(cfg).items():
+    caller = sys._getframe(1)
+    script = Path(caller.f_code.co_filename)
+    cfg, cells = defaults, None
+    # A script is of the file that its globals name, a notebook's cells are not.
+    if script.name != Path(caller.f_globals.get("__file__") or "none").name:
+        script = Path("notebook.py")
+        cells = caller.f_globals.get("In", [""])
+        for name in made_by_cells:  # a cell left out is missed
+            caller.f_globals.pop(name, None)
+    else:
+        if sys.stdout:
+            sys.stdout.write = quiet(sys.stdout.write)
+            sys.stdout.flush = quiet(sys.stdout.flush)
+        kind = type(defaults)  # without default=, __post_init__ computes from the flags
+        cfg = tyro.cli(kind) if defaults == kind() else tyro.cli(kind, default=defaults)
+    opens = cells is not None or cfg.run_dir == defaults.run_dir != ""
+    cfg.run_dir = cfg.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+    vars(cfg)["opened"] = True
+    return cfg, Run(cfg, script, cells, opens)
+
+def quiet(function):
+    # Nothing shown ends a run: its reader may be gone.
+    def tried(*args):
+        with contextlib.suppress(OSError, UnicodeError):
+            return function(*args)
+    return tried
+
+class Run:
+    """The record of a run. meta: for meta.json; new: nothing is saved yet."""
+
+    def __init__(self, cfg, script, cells, opens):
+        self.cfg = cfg
+        self.dir = Path(cfg.run_dir).expanduser()
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ["RANK"]) if self.world_size > 1 else 0
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, "w")  # one process speaks
+        self.code = {"config.py": own_source}
+        self.notebook = cells is not None
+        if self.notebook:
+            self.cells, self.first_cell = cells, len(cells) - 1
+        else:
+            self.code[script.name] = script.read_bytes()
+
+        found = {path.name for path in self.dir.glob("*")}
+        if found - {"log.txt"} and "lock" not in found:
+            sys.exit(f"error: {self.dir} is no run; name another --run-dir")
+        self.new = "checkpoint.pt" not in found
+        self.result = read_json(self.dir, "result.json") if "result.json" in found else None
+        opens = opens and self.result
+        self.meta = dict(began=time.time())
+        if not self.new:
+            self.meta = read_json(self.dir, "meta.json")
+            there = asdict(type(cfg)()) | read_json(self.dir, "config.json")
+            if "notebook.py" not in (script.name, self.meta["script"]) and not opens:
+                there["script"] = self.meta["script"]
+            compare(self.dir, there, asdict(cfg) | dict(script=script.name))
+        self.meta["script"] = script.name
+        if self.result:
+            name, value = next(iter(self.result.items()))
+            print(f"{self.dir} is finished: {name}: {value:.5g}")
+            if not opens:
+                sys.exit()
+        elif self.rank == 0:
+            lock(self.dir)
+
+    def resume(self, data, **state):
+        """Loads what was saved, and begins the record: the step to go on from.
+
+        data: to know it by. state: all that is saved, models first: what has a state_dict, or a
+        list. Refuses other data, and optimizers of other models.
+        """
+        global torch
+        import torch
+
+        made_by_cells.update(state)
+        self.parts, weights = {}, set()
+        for name, value in state.items():
+            for i, part in enumerate(value if isinstance(value, list) else [value]):
+                self.parts[name if part is value else f"{name}.{i}"] = part
+                if isinstance(part, torch.nn.Module):
+                    weights.update(part.parameters())
+                for group in getattr(part, "param_groups", []):
+                    if not weights.issuperset(group["params"]):
+                        sys.exit(f"error: {name} is of another model: run its cell again")
+
+        # A notebook's loop may run again.
+        saved = dict(step=0, seconds=0.0, rows="")
+        path = self.dir / "checkpoint.pt"
+        if path.exists():
+            if not self.result:
+                compare(self.dir, dict(data=self.meta["data"]), dict(data=data))
+            checkpoint = torch.load(path, "cpu", weights_only=False)
+            saved = checkpoint["run"]
+            for name, part in self.parts.items():
+                part.load_state_dict(checkpoint[name])
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.signal, self.measures, self.clock = 0, {}, time.perf_counter()
+        self.records = self.rank == 0 and not self.result
+        self.tracks = self.records and self.cfg.wandb != "disabled"
+        bar = self.records and (self.notebook or sys.stderr and sys.stderr.isatty())
+        self.bar = tqdm(initial=self.step, total=self.cfg.steps, disable=not bar)
+        if self.result:
+            return self.step
+
+        if self.step > 0:
+            print(f"{self.dir} resumes at step {self.step}")
+        self.meta |= dict(
+            data=data, start=self.step, command=shlex.join(["python", *sys.argv]),
+            commit=commit(), python=sys.version.split()[0], torch=torch.__version__,
+        )  # fmt: skip
+        self.write("config.json", asdict(self.cfg))
+        self.write("meta.json", self.meta)
+        self.write("metrics.jsonl", saved["rows"].encode())
+        self._write_code()
+        self._track(
+            "init", id=f"{self.meta['began']:.6f}", resume="allow", mode=self.cfg.wandb,
+            project=self.cfg.wandb_project, group=self.cfg.wandb_group or None,
+            name=self.dir.name, config=asdict(self.cfg), settings=dict(silent=True, console="off"),
+        )  # fmt: skip
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, lambda number, _: setattr(self, "signal", number))
+        return self.step
+
+    def stopping(self):
+        """Whether a signal came to a process: all save at this step, which ends them."""
+        seen = torch.tensor([self.signal, self.step, -self.step])
+        if self.world_size > 1:
+            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+        self.signal, most, least = seen.tolist()
+        assert most == -least, "the processes see other checkpoints: are their disks one?"
+        return self.signal > 0
+
+    def save(self, row, measures):
+        """Writes the state before the row's step, and puts the measures into the row: numbers, the
+        first of them finite, or the run ends unsaved."""
+        self.step = row["step"]
+        self.measures = {name: float(value) for name, value in measures.items()}
+        row |= self.measures
+        if not math.isfinite(next(iter(self.measures.values()))):
+            self.log(row, math.nan)
+        checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
+        if self.records:
+            rows = (self.dir / "metrics.jsonl").read_text()
+            checkpoint["run"] = dict(step=self.step, seconds=self.seconds, rows=rows)
+            buffer = io.BytesIO()
+            torch.save(checkpoint, buffer)
+            self.write("checkpoint.pt", buffer.getvalue())
+        if self.signal:
+            self.bar.close()
+            self._track("finish")
+            print(f"saved at step {self.step}; again with --run-dir {self.cfg.run_dir} to go on")
+            sys.exit(128 + self.signal if self.rank == 0 else 0)
+        self.clock = time.perf_counter()
+
+    def log(self, row, train_loss=None):
+        """Writes and shows the row, in its turn or with measures; ends the run if the loss is not
+        finite. Training is timed from the end of `save` or `log` to the next `log`."""
+        if train_loss is not None:
+            row["train_loss"] = float(train_loss)  # waits for the GPU
+            self.seconds += time.perf_counter() - self.clock
+            self.clock = time.perf_counter()
+            self.bar.update()
+        row["seconds"] = self.seconds
+        step = row["step"]
+        due = step % self.cfg.log_every == 0 or row.keys() & self.measures.keys()
+        diverged = not math.isfinite(row.get("train_loss", 0))
+        shown = [name for name in ("train_loss", *self.measures) if name in row]
+        text = ", ".join(f"{name} {row[name]:.4g}" for name in shown)
+        if self.records and (due or diverged):
+            with open(self.dir / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(finite(row), default=float) + "\n")
+            self._track("log", row, step=step)
+            self.bar.set_postfix_str(text)
+            if self.bar.disable:
+                print(f"step {step}/{self.cfg.steps}, {text}", flush=True)
+        if diverged:
+            sys.exit(f"error: not finite at step {step}: {text}; try a lower --lr")
+
+    def _track(self, function, *args, **options):
+        # whatever is wrong with wandb, training goes on
         try:
-            json.dumps(value)
-        except TypeError as error:
-            sys.exit(f"error: config.json cannot hold the field {name} of Config: {error}")
+            if self.tracks:
+                import wandb
 
-    # The code as it is now, whatever is edited while torch is imported and the data is read.
-    script = Path(getattr(sys.modules["__main__"], "__file__", "ipython"))
-    if notebook:
-        script = Path(os.environ.get("JPY_SESSION_NAME", "notebook.ipynb"))
-    code = {}
-    module = sys.modules[type(defaults).__module__]
-    for path in [script, Path(getattr(module, "__file__", ""))]:
-        if path.suffix == ".py" and path.exists():
-            code[path.name] = path.read_bytes()
-    code[Path(__file__).name] = own_source
+                getattr(wandb, function)(*args, **options)
+        except Exception as error:
+            self.tracks = False
+            print(f"note: wandb failed, training goes on: {error}")
 
-    rank = int(os.environ.get("RANK") or 0)
-    world_size = int(os.environ.get("WORLD_SIZE") or 1)
-    launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
-    if not 0 <= rank < world_size or (world_size > 1 and not launched):
-        sys.exit("error: no launcher set RANK and WORLD_SIZE: unset them, or use torchrun")
-    try:
-        run_dir = Path(cfg.run_dir).expanduser()
-        state = enter(run_dir, rank)
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"error: cannot write to --run-dir {cfg.run_dir}: {error}")
-    meta = dict(began=time.time())
-    if state != "new" and (run_dir / "meta.json").exists():
-        meta = read_json(run_dir / "meta.json")
-    script_before = meta.get("script", script.name)
-    # It was named in the code, not by a flag.
-    opened = state == "finished" and (notebook or cfg.run_dir == defaults.run_dir)
-    if state != "new":
-        stems = {Path(script_before).stem, script.stem}
-        stems.discard("notebook")  # of a notebook that does not know its name
-        if len(stems) > 1 and not opened:
-            sys.exit(f"error: {run_dir} is a run of {script_before}; name another --run-dir")
-        compare(cfg, code, meta, run_dir, rank)
-    if state == "finished" and rank == 0:
-        result = read_json(run_dir / "result.json")
-        name, value = next(iter(result.items()))
-        print(f"{run_dir} is finished: {name}: {value:.5g}")
-    if state == "finished" and not opened:
-        sys.exit()
+    def write(self, name, content):
+        """Puts bytes, or what JSON holds, into a file of the run, always whole."""
+        if not self.records:
+            return
+        if not isinstance(content, bytes):
+            content = json.dumps(content, indent=2).encode()
+        path = self.dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{path}.tmp").write_bytes(content)
+        os.replace(f"{path}.tmp", path)
 
-    if state != "finished":
-        # The commit of the code's own folder, with -dirty behind it if files have changed.
-        here = shlex.quote(str(Path(__file__).parent))
-        git = f"git -C {here} describe --always --dirty --abbrev=40 --exclude='*' 2> /dev/null"
-        meta |= dict(
-            commit=subprocess.getoutput(git),
-            command=shlex.join(command),
-            script=script.name,
-            python=sys.version.split()[0],
-        )
-    run = SimpleNamespace(dir=run_dir, state=state, notebook=notebook, code=code, meta=meta)
-    # What the cells below make of this config. In a notebook what they made of an earlier one is
-    # deleted, so that no run begins with another's model or data.
-    run.made_by_cells = ["device", "fingerprint", "model", "optimizers"]
-    run.before = b""  # the copy of an unfinished run's code, of which write_cells makes a new one
-    if notebook:
-        variables = vars(sys.modules["__main__"])
-        for name in run.made_by_cells:
-            variables.pop(name, None)
-        # In is Jupyter's list of the cells that ran, this one the last of them.
-        run.first_cell = len(variables["In"]) - 1
-        copy = run_dir / f"{Path(script_before).stem}.py"
-        if state == "unfinished" and copy.exists():
-            run.before = copy.read_bytes()
-    # The record cell sets it, so that one open_run serves one run.
-    run.used = False
-    # The loop sets it when all steps are done.
-    run.trained = False
-    return cfg, run
+    def _write_code(self):
+        if self.notebook:
+            cells = "\n\n# %%\n".join(self.cells[self.first_cell :])
+            self.code["notebook.py"] = cells.encode()
+        for name, source in self.code.items():
+            self.write(f"code/{self.meta['start']}/{name}", source)
 
+    def finish(self, **facts):
+        """Writes the last file, result.json: measures and facts. Refuses a run with steps to do;
+        compares an opened one."""
+        if self.result:
+            name, there = next(iter(self.result.items()))
+            here = self.measures[name]
+            print(f"{name}: {here:.5g} here, {there:.5g} recorded")
+            if not math.isclose(here, there, rel_tol=1e-4):
+                print(f"note: other code, data or device; see {self.dir}/code")
+            return
+        if self.step < self.cfg.steps:
+            sys.exit("error: steps are left: run the loop's cell to its end")
+        result = finite(self.measures) | dict(steps=self.step, train_seconds=self.seconds) | facts
+        self._write_code()
+        self.write("result.json", result)
+        self.bar.close()
+        self._track("finish")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("---")
+        for name, value in result.items():
+            print(f"{name}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")
+        self.result = result
 
-def split_cells(source):
-    """The cells of a script, or of what a notebook ran, as a set of texts; without the config's,
-    whose values are compared instead."""
-    parts = re.split(r"(?m)^# %%.*$", source.decode("utf-8", "replace"))
-    return {part.strip() for part in parts if "open_run(" not in part}
-
-
-def enter(run_dir, rank):
-    """What is there: a "new", "unfinished" or "finished" run. One that is not finished is locked
-    against other processes until this one ends."""
-    state = "new"
-    found = os.listdir(run_dir) if run_dir.exists() else []
-    strange = set(found) - {"lock", "log.txt", "config.json.tmp"}
-    rows = run_dir / "metrics.jsonl"
-    if "checkpoint.pt" in found or (rows.exists() and rows.stat().st_size > 0):
-        state = "unfinished"
-    if "result.json" in found:
-        state = "finished"
-    # A run that was never trained may be begun anew; its lock tells it from other folders.
-    ours = "config.json" in found and (state != "new" or "lock" in found)
-    if strange and not ours:
-        sys.exit(f"error: {run_dir} holds {min(strange)}, no run; name another --run-dir")
-    if state == "finished" or rank > 0:
-        return state
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if run_dir not in locks:
-        locks[run_dir] = open(run_dir / "lock", "a")
-    try:
-        fcntl.lockf(locks[run_dir], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            sys.exit(f"error: {run_dir} is in use by another process")
-        print(f"note: this disk has no locks ({error}); start no second process in {run_dir}")
-    return state
-
-
-def compare(cfg, code, meta, run_dir, rank):
-    """An error if the run there is another experiment. If its code was other code: a note, and
-    its checksum in `meta`, since the copy of that code is written over."""
-    before = vars(type(cfg).load(run_dir))
+def compare(run_dir, there, here):
+    here = json.loads(json.dumps(here))  # a tuple as a list
     differ = ""
-    for name, value in vars(cfg).items():
-        # JSON gives a tuple back as a list.
-        same = value == before[name] or json.dumps(value) == json.dumps(before[name])
-        if not same and name not in ASIDE:
-            differ += f"{name} is {before[name]!r} there, {value!r} here; "
+    for name in there.keys() - ASIDE:
+        if there[name] != here.get(name):
+            differ += f"{name} is {there[name]!r} there, {here.get(name)!r} here; "
     if differ:
         sys.exit(f"error: {run_dir} is another run: {differ}name another --run-dir")
-    for name, content in code.items():
-        copy = run_dir / name
-        if rank > 0 or not copy.exists():
-            continue
-        old = copy.read_bytes()
-        same = old == content
-        if str(meta.get("script")).endswith(".ipynb") and name != Path(__file__).name:
-            # The copy of a notebook has the cells that ran, as yet perhaps not all.
-            same = split_cells(old) <= split_cells(content)
-        if not same:
-            print(f"note: the code has changed since this run, see {copy}")
-            meta.setdefault("edited", []).append(f"{name} {zlib.crc32(old):x}")
 
-
-def read_json(path):
+def lock(run_dir):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT)  # until it ends
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: cannot read {path}: {error}")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: {run_dir} is in use by another process")
+    except OSError:
+        pass  # a disk without locks
+
+def finite(values):
+    # else JSON's null
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+def read_json(folder, name):
+    return json.loads(Path(folder, name).expanduser().read_text())
+
+def commit():
+    git = f"git --no-optional-locks -C {shlex.quote(os.path.dirname(__file__))}"
+    known = f"{git} ls-files --error-unmatch config.py > /dev/null"
+    return subprocess.getoutput(f"{known} && {git} describe --always --dirty --abbrev=40")
