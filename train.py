@@ -44,7 +44,7 @@ if cfg.dtype == "auto":
     dtype_name = "bfloat16" if fast_bfloat16 else "float32"
     # A resumed run goes on as it began, wherever it is now.
     dtype_name = run.meta.get("dtype", dtype_name)
-dtype = getattr(torch, dtype_name)
+matmul_dtype = getattr(torch, dtype_name)
 
 compiling = cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)
 if compiling:
@@ -66,8 +66,9 @@ if cfg.batch_size < run.world_size:
 
 def micro_batches(samples):
     # This process's share of them, in pieces.
-    share = np.array_split(samples, run.world_size)[run.rank]
-    size = cfg.micro_batch_size or len(share)
+    shares = np.array_split(samples, run.world_size)
+    share = shares[run.rank]
+    size = cfg.micro_batch_size or cfg.batch_size // run.world_size
     starts = range(0, len(share), size)
     return [share[i : i + size] for i in starts]
 
@@ -76,6 +77,10 @@ def all_reduce(x):
     if run.world_size > 1:
         dist.all_reduce(x)
     return x
+
+def set_seed(*numbers):
+    # What is random in the model, such as dropout, is so the same in a resumed run.
+    torch.manual_seed(zlib.crc32(str(numbers).encode()))
 
 # %%
 # data: one long row of token ids, memory-mapped
@@ -133,7 +138,8 @@ def stdlib_source():
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     files.sort()
     np.random.default_rng(0).shuffle(files)  # the last tenth is like the rest
-    return np.frombuffer(b"".join(f.read_bytes() for f in files), np.uint8)
+    text = b"".join(f.read_bytes() for f in files)
+    return np.frombuffer(text, np.uint8)
 
 train_data = open_tokens(cfg.data)
 if cfg.val_data:
@@ -180,7 +186,7 @@ for tokens in (train_data, val_data):
     fingerprint.append(zlib.crc32(tokens.tobytes()))
 
 # %%
-# model: what it needs is inside it, or bound where it is defined, so no later cell changes it
+# model
 def norm(x):
     # Without weights: the next matrix learns the scale. As good as RMSNorm, and one kernel on
     # a CPU.
@@ -194,13 +200,15 @@ def rotary(x, cos, sin):
     return torch.cat((turned_a, turned_b), dim=-1)
 
 class Linear(nn.Linear):
-    # float32 weights for the optimizer, the product in `dtype`
-    def forward(self, x, dtype=dtype):
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+    # float32 weights for the optimizer, the product in --dtype
+    def forward(self, x):
+        bias = self.bias
+        if bias is not None:
+            bias = bias.to(matmul_dtype)
+        return F.linear(x.to(matmul_dtype), self.weight.to(matmul_dtype), bias)
 
 def zero(layer):
-    # The layer, whose weights begin at zero.
+    # the layer, its weights at zero
     nn.init.zeros_(layer.weight)
     return layer
 
@@ -313,13 +321,13 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(update, alpha=-lr * size)
 
-def orthogonal(x, dtype=dtype):
+def orthogonal(x):
     # Five steps of Newton-Schulz bring the singular values of each matrix of x, (n, rows,
     # columns), to about 1. The coefficients are Keller Jordan's.
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     norms = x.norm(dim=(1, 2), keepdim=True)  # (n, 1, 1)
-    x = (x / (norms + 1e-7)).to(dtype)
+    x = (x / (norms + 1e-7)).to(matmul_dtype)
     for _ in range(5):
         gram = x @ x.mT  # (n, rows, rows)
         polynomial = -4.775 * gram + 2.0315 * gram @ gram
@@ -339,7 +347,8 @@ for p in model.parameters():
     if p in hidden:
         matrices.append(p)
     else:
-        rest.setdefault(getattr(p, "lr_scale", 1.0), []).append(p)
+        scale = getattr(p, "lr_scale", 1.0)
+        rest.setdefault(scale, []).append(p)
 
 # Each group learns at its scale times lr_at(step). The constants are the best of a few tried.
 groups = [dict(params=params, scale=scale) for scale, params in rest.items()]
@@ -373,10 +382,6 @@ def evaluate():
         total += model(*batch) * len(offsets)
     model.train()
     return dict(val_loss=all_reduce(total) / len(val_offsets))
-
-def set_seed(*numbers):
-    # What is random in the model, such as dropout, is so the same in a resumed run.
-    torch.manual_seed(zlib.crc32(str(numbers).encode()))
 
 # All that is saved is handed over here, by name. In a notebook this cell may run again.
 begun = run.resume(data=fingerprint, model=model, optimizers=optimizers)
@@ -414,6 +419,7 @@ for step in range(begun, cfg.steps + 1):
 
 model.eval()
 if run.world_size > 1:
+    dist.barrier()
     dist.destroy_process_group()
 
 # %%
@@ -441,7 +447,6 @@ if run.rank == 0 and cfg.sample_tokens > 0:
 # %%
 # the result
 run.finish(
-    tokens=cfg.steps * tokens_per_step,
     tokens_per_second=cfg.steps * tokens_per_step / run.seconds,
     parameters=sum(p.numel() for p in model.parameters()),
     device=device_name,
@@ -454,4 +459,4 @@ if run.notebook:
     import pandas as pd
 
     metrics = pd.read_json(run.dir / "metrics.jsonl", lines=True).interpolate()
-    metrics.drop(columns=["tokens", "seconds", "lr"]).plot("step")
+    metrics.plot("step", ["train_loss", *run.measures])

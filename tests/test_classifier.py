@@ -1,86 +1,109 @@
-"""Another kind of experiment, made from train.py by tests/classifier.patch, goes the whole way."""
+"""tests/classifier.py, another kind of experiment, goes the whole way; it is few hunks of train.py."""
 
+import difflib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jupytext
 import pytest
-from test_plot import execute
+from test_notebook import execute as execute_cells
+from test_plot import execute as execute_plot
 from test_train import (  # noqa: F401 (workdir is a fixture)
     ROOT,
-    TINY,
     TWO_PROCESSES,
-    copy_code,
     has_rows,
     kill,
-    killed_and_resumed,
     metrics,
-    refused,
-    start,
-    train,
-    trained,
     wait_until,
     workdir,
-    write_text,
 )
 
-SHORT = ["--steps", 60, "--batch-size", 64, "--warmup", 0, "--noise", 0.05]
-FLAGS = [*SHORT, "--lr", 1e-2]
+FLAGS = "--steps 60 --eval-every 5 --log-every 1 --noise 0.05 --dtype float32".split()
+FLAGS += ["--device", "cpu", "--wandb", "disabled"]
 
 
 @pytest.fixture
 def mine(workdir):  # noqa: F811
-    """mine.py: train.py after the patch, beside config.py."""
-    copy_code()
-    patch = ROOT / "tests/classifier.patch"
-    assert patch.read_text().count("\n@@ ") <= 10
-    subprocess.run(["patch", "-s", "train.py", "-o", "mine.py", patch], check=True)
-    Path("data.txt").unlink()  # it needs no text
-    return Path("mine.py")
+    """mine.py beside config.py, without any data."""
+    shutil.copy(ROOT / "config.py", ".")
+    shutil.copy(ROOT / "tests/classifier.py", "mine.py")
+    Path("data.txt").unlink()
 
 
-def test_classifier_trains_resumes_and_equals_itself_in_two_processes(mine):
-    one = trained(*FLAGS, "--run-dir", "one", script=mine)
-    assert "note:" not in one.out
+def start(*flags, launcher=()):
+    command = [sys.executable, *launcher, "mine.py", *FLAGS, *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def train(*flags, code=0, **options):
+    process = start(*flags, **options)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == code, out
+    return out
+
+
+def test_it_is_four_hunks_and_each_of_its_fields_is_read():
+    script = (ROOT / "train.py").read_text()
+    text = (ROOT / "tests/classifier.py").read_text()
+    lines = difflib.unified_diff(script.splitlines(), text.splitlines(), n=3)
+    assert sum(line.startswith("@@") for line in lines) <= 4
+    assert len(text.splitlines()) <= 340
+    record = (ROOT / "config.py").read_text()
+    own = text[text.index("class Config(Record)") : text.index("cfg, run = open_run")]
+    shared = record[record.index("class Record") : record.index("def __setattr__")]
+    for line in (own + shared).splitlines():
+        if line.startswith("    ") and ": " in line and " = " in line:
+            name = line.split(":")[0].strip()
+            assert f"cfg.{name}" in text + record, name
+
+
+def test_it_trains_resumes_exactly_and_equals_itself_in_two_processes(mine):
+    help_text = train("--help")
+    assert "--noise" in help_text and "--vocab-size" not in help_text
+    out = train("--run-dir", "one")
+    assert "note:" not in out
     result = json.loads(Path("one/result.json").read_text())
     assert list(result)[:2] == ["accuracy", "val_loss"]
     assert metrics("one")[0]["accuracy"] < 0.5 < result["accuracy"]
-    assert "step 40/60, loss" in one.out and ", accuracy 0." in one.out
-    assert json.loads(Path("one/config.json").read_text())["noise"] == 0.05
-    assert json.loads(Path("one/meta.json").read_text())["script"] == "mine.py"
-    assert Path("one/mine.py").read_text() == mine.read_text()
-    assert not Path("one/train.py").exists()
-    again = trained(*FLAGS, "--run-dir", "one", script=mine)
-    assert f"one is finished: accuracy: {result['accuracy']:.4f}" in again.out
-    text = mine.read_text()
-    mine.write_text(text.replace("self.blocks", "self.layers"))
-    unnamed = train(*FLAGS, "--run-dir", "none", script=mine)
-    refused(unnamed, "Muon takes the matrices of model.blocks, and there are none")
-    mine.write_text(text.replace("@dataclass\n", ""))
-    refused(train(*FLAGS, "--run-dir", "none", script=mine), "write @dataclass", code=1)
-    mine.write_text(text.replace("noise: float = 0.1", "noise = 0.1"))
-    untyped = train(*FLAGS, "--run-dir", "none", script=mine)
-    refused(untyped, "a field of Config needs its type: noise: float = 0.1", code=1)
-    mine.write_text(text)
-    other = train(*FLAGS, "--run-dir", "one", "--classes", 3, script=mine)
-    refused(other, "classes is 5 there, 3 here")
+    assert metrics("one")[-1]["points"] == 60 * 64
+    assert "step 40/60, train_loss " in out and ", accuracy 0." in out
+    config = json.loads(Path("one/config.json").read_text())
+    assert config["noise"] == 0.05 and "seq_len" not in config
+    assert Path("one/code/0/mine.py").read_text() == Path("mine.py").read_text()
+    assert f"one is finished: accuracy: {result['accuracy']:.5g}" in train("--run-dir", "one")
+    refused = train("--run-dir", "one", "--classes", "3", code=1)
+    assert "classes is 5 there, 3 here" in refused
 
-    assert killed_and_resumed(*FLAGS, script=mine) == metrics("one")
+    killed = start("--run-dir", "killed")
+    wait_until(killed, lambda: has_rows("killed", 22))
+    kill(killed)
+    train("--run-dir", "killed")
+    assert metrics("killed") == metrics("one")
 
-    trained(*FLAGS, "--run-dir", "two", script=mine, launcher=TWO_PROCESSES)
+    train("--run-dir", "two", launcher=TWO_PROCESSES)
     for row, other in zip(metrics("two"), metrics("one"), strict=True):
         # rounding, which training amplifies, and which moves some of the 2,000 points
         assert row == pytest.approx(other, rel=1e-3, abs=4e-3)
 
 
-def test_classifier_sweeps_and_is_drawn_by_edits_of_first_lines_alone(mine, monkeypatch):
+def test_its_notebook_form_and_a_sweep_and_its_figure_by_edits_of_first_lines(mine, monkeypatch):
+    fields = "steps=60, eval_every=5, log_every=1, noise=0.05, dtype='float32', wandb='disabled'"
+    cells = [cell.source for cell in jupytext.read("mine.py").cells if cell.cell_type == "code"]
+    cells[0] = cells[0].replace("open_run(Config())", f"open_run(Config({fields}, run_dir='a'))")
+    execute_cells(cells)
+    train("--run-dir", "script")
+    assert metrics("a") == metrics("script")
+
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     text = (ROOT / "sweep.sh").read_text()
     for old, new in [
         ("python train.py", "python mine.py"),
         ("best=min", "best=max"),
+        ("(--eval-every 20 --eval-tokens 16384 --sample-tokens 0)", "()"),
         ("in muon adamw;", "in muon;"),
         ("in 1e-3 3e-3 1e-2 3e-2 1e-1;", "in 1e-4 1e-2;"),
         ("in 1 2;", "in 1;"),
@@ -88,48 +111,17 @@ def test_classifier_sweeps_and_is_drawn_by_edits_of_first_lines_alone(mine, monk
         assert old in text
         text = text.replace(old, new)
     Path("sweep.sh").write_text(text)
-    flags = [*TINY, *map(str, SHORT)]
-    sweep = subprocess.run(["bash", "sweep.sh", *flags], capture_output=True, text=True)
+    sweep = subprocess.run(["bash", "sweep.sh", *FLAGS], capture_output=True, text=True)
     assert sweep.returncode == 0, sweep.stdout + sweep.stderr
-    folder = Path("runs/muon-or-adamw")
     results = {}
-    for path in folder.glob("*/result.json"):
+    for path in Path("runs/muon-or-adamw").glob("*/result.json"):
         results[path.parent.name] = json.loads(path.read_text())["accuracy"]
     first, second = "muon-lr1e-2-seed1", "muon-lr1e-4-seed1"
     assert results[first] > results[second]
     heading, *rows = sweep.stdout.splitlines()[-3:]
-    assert "accuracy" in heading
-    assert first in rows[0] and second in rows[1]
+    assert heading.startswith("accuracy") and first in rows[0] and second in rows[1]
 
     probe = "print(axis.get_title(loc='left'), axis.get_ylabel())"
-    text, table, figures = execute(probe, best="max")
+    printed, table, figures = execute_plot(probe, best="max")
     assert figures == 2
-    assert f"{results[first]:.4g}, lr 0.01" in text
-    assert "accuracy" in text
-    assert [float(row[1]) for row in table[1:]] == [0.01, 0.0001]
-
-
-def test_own_copy_of_config_with_a_field_of_any_type(mine):
-    """Flags of its own in a copy of config.py: a tuple, a bool and a number or None resume."""
-    text = Path("config.py").read_text().replace(
-        "    # loop\n",
-        "    betas: tuple[float, float] = (0.8, 0.95)  # of AdamW\n"
-        "    nesterov: bool = True\n"
-        "    clip: float | None = None  # largest norm of the gradient\n",
-    )
-    Path("mine_config.py").write_text(text)
-    script = Path("train.py").read_text()
-    script = script.replace("from config import", "from mine_config import")
-    Path("mine.py").write_text(script.replace("betas=(0.8, 0.95)", "betas=cfg.betas"))
-    write_text()
-    flags = ["--run-dir", "run", "--betas", 0.7, 0.9, "--no-nesterov", "--clip", 1]
-    killed = start(*flags, script="mine.py")
-    wait_until(killed, lambda: has_rows("run", 12))
-    kill(killed)
-    trained(*flags, script="mine.py")
-    config = json.loads(Path("run/config.json").read_text())
-    assert config["betas"] == [0.7, 0.9]
-    assert config["nesterov"] is False
-    assert config["clip"] == 1
-    assert Path("run/mine_config.py").read_text() == text
-    refused(train(*flags[:2], script="mine.py"), "clip is 1.0 there, None here")
+    assert f"{results[first]:.4g}, lr 0.01" in printed and "accuracy" in printed

@@ -19,6 +19,30 @@ from test_train import (  # noqa: F401 (workdir is a fixture)
     workdir,
 )
 
+# as if Ctrl-C came in the first step
+INTERRUPT = """
+import os, signal
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+def interrupt(*_):
+    hook.remove()
+    os.kill(os.getpid(), signal.SIGINT)
+
+hook = register_optimizer_step_post_hook(interrupt)
+"""
+# what somebody may write between the cells
+SCRATCH = """
+import torch
+
+rank = world_size = 1
+n_val = 3
+cos = sin = None
+dtype = torch.bfloat16
+step = 3
+seconds = 5.0
+measures = {"foo": 1.0}
+"""
+
 
 def code_cells():
     notebook = nbformat.read(ROOT / "train.ipynb", 4)
@@ -29,6 +53,23 @@ def find(cells, text):
     """The only cell with this text in it."""
     (index,) = [i for i, source in enumerate(cells) if text in source]
     return index
+
+
+def cells_of(run_dir):
+    """The cells of a tiny run in this directory."""
+    values = {"run_dir": run_dir, "dtype": "float32"}
+    for flag, value in zip(TINY[::2], TINY[1::2]):
+        values[flag[2:].replace("-", "_")] = int(value) if value.isdigit() else value
+    cells = code_cells()
+    config = find(cells, "open_run(Config())")
+    cells[config] = cells[config].replace("Config()", f"Config(**{values})")
+    return cells
+
+
+def fails(cell, old="", new=""):
+    """The cell, edited; it may raise."""
+    assert old in cell
+    return "# fails\n" + cell.replace(old, new)
 
 
 def execute(sources):
@@ -42,29 +83,11 @@ def execute(sources):
     nbformat.write(notebook, "cells.ipynb")
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for config.py
-    environment["JPY_SESSION_NAME"] = "/somewhere/mine.ipynb"  # as JupyterLab sets it
     done = subprocess.run(
         [*command, "cells.ipynb"], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     return str(nbformat.read("cells.ipynb", 4))
-
-
-def cells_of(run_dir):
-    """The cells of a tiny run in this directory."""
-    values = {"run_dir": run_dir}
-    for flag, value in zip(TINY[::2], TINY[1::2]):
-        values[flag[2:].replace("-", "_")] = int(value) if value.isdigit() else value
-    cells = code_cells()
-    config = find(cells, "open_run(Config())")
-    cells[config] = cells[config].replace("Config()", f"Config(**{values})")
-    return cells
-
-
-def fails(cell, old="", new=""):
-    """The cell, edited; it may raise."""
-    assert old in cell
-    return "# fails\n" + cell.replace(old, new)
 
 
 def test_notebook_is_the_script_and_shows_a_run():
@@ -85,102 +108,114 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     config = find(cells, "open_run(Config())")
     model = find(cells, "class GPT")
     optimizers = find(cells, "class Muon")
-    record = find(cells, "def resume():")
-    loop = find(cells, "for step in todo:")
-    result = find(cells, "# the result")
-    stopped = fails(cells[loop], "stop_signal = 0", "stop_signal = signal.SIGINT")
+    loop = find(cells, "for step in range(begun")
+    result = find(cells, "run.finish(")
     typo = fails(cells[loop], "        optimizer.step()", "        optimizer.step(); typo")
     one, two, three, four = (cells_of(name) for name in ("one", "two", "three", "four"))
+    scratched = []
+    for cell in cells_of("scratched"):
+        scratched += [cell, SCRATCH]
+    opened = [cells[config].replace("Config()", 'Config.load("one")'), *cells[config + 1 :]]
+    gelu = [cell.replace("F.relu(h).square()", "F.gelu(h)") for cell in opened]
+    assert gelu != opened
     printed = execute(
-        # run all; then the record's cell and all below it, without the config cell
+        # run all; scratch cells between
         one
-        + [fails(cells[record])]
-        # edit the config cell, run all, but interrupt the loop and run it again
+        + scratched
+        # interrupt the loop, and run it again
         + two[:loop]
-        + [stopped]
+        + [INTERRUPT, fails(cells[loop])]
         + two[loop:]
         # interrupted, then all cells again
         + three[:loop]
-        + [stopped]
+        + [INTERRUPT, fails(cells[loop])]
         + three
         # an error between two optimizers; the model's cell alone again; its optimizers', too
         + four[:loop]
         + [typo, four[model], fails(four[loop]), four[optimizers]]
         + four[loop:]
-        # the config cell, and then the loop's
-        + [cells_of("five")[config], fails(four[loop])]
-        # another run, without the cells of the data, the model and the optimizers
-        + cells_of("seven")[: config + 1]
-        + [fails(cells[record])]
-        # another run, without the loop
-        + cells_of("eight")[:loop]
-        + [fails(cells[result])]
+        # the config cell, and then one below, without those between
+        + [cells_of("five")[config], fails(four[loop]), fails(four[model])]
+        # a run that is not trained to its end; a field that is set too late
+        + cells_of("six")[:loop]
+        + [INTERRUPT, fails(cells[loop]), fails(cells[result])]
+        + [fails("cfg.n_layer = 3")]
         # a script inside the notebook has its own flags
-        + [f"%run {ROOT}/train.py {' '.join(TINY)} --run-dir six"]
+        + [f"%run {ROOT}/train.py {' '.join(TINY)} --dtype float32 --run-dir seven"]
+        # opened again
+        + opened
+        + ["looked = sum(p.numel() for p in model.parameters())"]
+        + gelu
     )
-    for run_dir in ("two", "three", "four", "six"):
+    for run_dir in ("scratched", "two", "three", "four", "seven"):
         assert metrics(run_dir) == metrics("one"), run_dir
-        assert Path(run_dir, "sample.txt").exists()
-        assert Path(run_dir, "result.json").exists()
-    assert os.listdir("five") == os.listdir("seven") == ["lock"]
-    assert "run this cell again" in printed
-    assert "error: this run has begun already" in printed
-    assert "error: some weights of the model are in no optimizer" in printed
-    assert "error: this is a new run" in printed
-    assert "error: device is not of this config" in printed
-    assert "error: this run is not trained" in printed and not Path("eight/result.json").exists()
-    assert json.loads(Path("six/meta.json").read_text())["script"] == "train.py"
+        assert Path(run_dir, "sample.txt").read_bytes() == Path("one/sample.txt").read_bytes()
+        result = json.loads(Path(run_dir, "result.json").read_text())
+        assert result["val_loss"] == metrics("one")[-1]["val_loss"]
+        assert result["steps"] == 40
+    assert os.listdir("five") == ["lock"]
+    assert not Path("six/result.json").exists()
+    assert "error: optimizers is of another model: run its cell again" in printed
+    assert "name 'fingerprint' is not defined" in printed
+    assert "name 'device' is not defined" in printed
+    assert "error: steps are left: run the loop" in printed
+    assert "write Config(n_layer=3) in the config cell" in printed
+    value = metrics("one")[-1]["val_loss"]
+    assert f"val_loss: {value:.5g} here, {value:.5g} recorded" in printed
+    assert printed.count("note: other code, data or device; see one/code") == 1
 
     # the record of a notebook trains when it is run as a script
-    assert json.loads(Path("three/meta.json").read_text())["script"] == "mine.ipynb"
-    recorded = Path("three/mine.py").read_text()
-    assert recorded.count("for step in todo:") == 1
+    recorded = Path("three/code/1/notebook.py").read_text()
     Path("again.py").write_text(recorded.replace("'run_dir': 'three'", "'run_dir': 'again'"))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "again.py"], env=environment, check=True)
     assert metrics("again") == metrics("one")
-
-    # opened again: the weights are there, nothing is trained or written
-    before = files("one")
-    cells[config] = cells[config].replace("Config()", 'Config.load("one")')
-    look = "sum(p.numel() for p in model.parameters()), evaluate()['val_loss']"
-    opened = execute([*cells, look])
-    assert str(metrics("one")[-1]["val_loss"]) in opened
-    assert files("one") == before
+    assert Path("three/code/1/config.py").read_bytes() == (ROOT / "config.py").read_bytes()
 
 
-# as if the first step were interrupted
-STOP = """
-import signal
-from torch.optim.optimizer import register_optimizer_step_post_hook
-
-register_optimizer_step_post_hook(lambda *_: globals().update(stop_signal=signal.SIGINT))
-"""
-
-
-@pytest.mark.parametrize("by", ["the same cells", "edited cells", "the script"])
-def test_resumed_in_a_new_kernel_or_by_the_script(by):
+def test_resumed_in_a_new_kernel_and_by_the_script_and_opened_untouched():
     cells = cells_of("run")
-    config = find(cells, "open_run(Config(")
-    model = find(cells, "class GPT")
-    loop = find(cells, "for step in todo:")
-    stopping = list(cells[: loop + 1])
-    stopping[config] += STOP
-    stopping[loop] = fails(cells[loop])
-    execute(stopping)
+    loop = find(cells, "for step in range(begun")
+    execute([*cells[:loop], INTERRUPT, fails(cells[loop])])
     assert Path("run/checkpoint.pt").exists() and not Path("run/result.json").exists()
-    if by == "edited cells":
-        assert "F.relu(h).square()" in cells[model]
-        cells[model] = cells[model].replace("F.relu(h).square()", "F.relu(h)")
-    if by == "the script":
-        copy_code()
-        Path("train.py").rename("mine.py")
-        printed = trained("--run-dir", "run", script="mine.py").out
-        assert "note:" not in printed
-    else:
-        printed = execute(cells)
-    meta = json.loads(Path("run/meta.json").read_text())
-    assert [start["step"] for start in meta["starts"]] == [0, 1]
-    assert ("edited" in meta) == (by == "edited cells")
-    noted = r"note: other cells ran than before in this run\n" in printed
-    assert noted == (by == "edited cells")
+    copy_code()
+    Path("train.py").rename("mine.py")
+    trained("--run-dir", "run", "--dtype", "float32", script="mine.py")
+    assert sorted(os.listdir("run/code")) == ["0", "1"]
+    before = files("run")
+    cells[0] = code_cells()[0].replace("Config()", 'Config.load("run")')
+    printed = execute([*cells, "print(evaluate())"])
+    assert f"{metrics('run')[-1]['val_loss']:.5g} recorded" in printed
+    assert files("run") == before
+
+
+# Whatever starts the kernel, sets __file__ or leaves flags: a cell is of no file.
+@pytest.mark.parametrize(
+    "names",
+    [
+        dict(file="<ipython-input-1-0>", argv=["colab_kernel_launcher.py", "-f", "x.json"]),
+        dict(file="/tmp/ipykernel_1/2.py", argv=["-m", "--f=x.json"], name="exp.py"),  # VS Code
+        dict(file="<input>", argv=["", "1", "2"], name="/opt/pycharm/pydevconsole.py"),
+        dict(file="<stdin>", argv=[""]),  # pasted into python
+        dict(file="/tmp/ipykernel_7/3.py", argv=["positron_language_server.py", "--port=1"]),
+    ],
+)
+def test_every_front_end_is_a_notebook(names, monkeypatch):
+    monkeypatch.setattr(sys, "argv", names["argv"])
+    variables = {"__name__": "__main__"}
+    if "name" in names:
+        variables["__file__"] = names["name"]
+    cells = cells_of("run")
+    short = cells[0].replace("'steps': 40", "'steps': 2")
+    for source in [short, *cells[1:-1]]:
+        exec(compile(source, names["file"], "exec"), variables)
+    assert variables["run"].notebook
+    assert json.loads(Path("run/meta.json").read_text())["script"] == "notebook.py"
+    assert len(metrics("run")) == 3
+
+
+def test_ipython_runs_the_script_with_its_flags():
+    command = [sys.executable, "-m", "IPython", str(ROOT / "train.py"), "--", *TINY, "--steps", "2"]
+    done = subprocess.run([*command, "--run-dir", "run"], capture_output=True, text=True)
+    assert "val_loss: " in done.stdout, done.stdout + done.stderr
+    assert json.loads(Path("run/meta.json").read_text())["script"] == "train.py"

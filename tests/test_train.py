@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from config import Config, locks
+from config import Config
 
 TINY = [
     "--data", "data.txt",
@@ -90,7 +90,6 @@ def killed_and_resumed(*flags, **kwargs):
 
 def train_here(*flags):
     """The variables of train.py after it ran in this process, which has imported torch."""
-    locks.clear()
     with mock.patch("sys.argv", ["train.py", *TINY, *map(str, flags)]):
         return runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 

@@ -1,0 +1,327 @@
+# %% [markdown]
+# # Another experiment: a classifier of points in the plane
+# Shapes: B points, C channels, V classes.
+
+# %%
+# config: flags in the script; in the notebook edit the last line, as in Config(lr=3e-3)
+from dataclasses import dataclass
+from typing import Literal
+
+from config import Record, open_run
+
+@dataclass
+class Config(Record):
+    """Train a classifier of points on the arms of a spiral."""
+
+    # data
+    classes: int = 5  # arms of the spiral
+    noise: float = 0.1  # spread of the points around their arm, in radii of the spiral
+    train_points: int = 5000
+    batch_size: int = 64  # points in a step, over all processes
+    micro_batch_size: int = 0  # in a forward pass; 0: a process's share
+
+    # model
+    n_layer: int = 4  # hidden layers
+    n_embd: int = 128  # width of the hidden layers
+
+    # optimizer
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the hidden matrices
+    lr: float = 1e-2  # peak learning rate
+    weight_decay: float = 0.1  # of the hidden matrices
+    warmup: int = 0  # steps until its peak
+    cooldown: float = 0.5  # final fraction, in which lr falls to 0
+
+    # machine
+    seed: int = 1337  # of weights and batches
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
+
+cfg, run = open_run(Config())
+
+# %%
+# imports
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+# %%
+# device and processes
+device_name = cfg.device
+if cfg.device == "auto":
+    device_name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+if device_name == "cuda":
+    device_name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
+device = torch.device(device_name)
+on_cuda = device.type == "cuda"
+if on_cuda:
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32, for --dtype float32
+
+dtype_name = cfg.dtype
+if cfg.dtype == "auto":
+    # A CPU without these instructions is many times slower in bfloat16 than in float32.
+    has = torch.cpu.get_capabilities()
+    fast_bfloat16 = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+    if on_cuda:
+        fast_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype_name = "bfloat16" if fast_bfloat16 else "float32"
+    # A resumed run goes on as it began, wherever it is now.
+    dtype_name = run.meta.get("dtype", dtype_name)
+matmul_dtype = getattr(torch, dtype_name)
+
+compiling = cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)
+if compiling:
+    # Something tiny first: without a C++ compiler it should fail here, not in the loop.
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as error:
+        if cfg.compile == "on":
+            sys.exit(f"error: torch.compile fails, add --compile off: {error}")
+        print(f"note: torch.compile fails here, so the run is slower: {error}")
+        compiling = False
+run.meta |= dict(device=device_name, dtype=dtype_name, compile=compiling)
+
+torch.manual_seed(cfg.seed)
+if run.world_size > 1:
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+if cfg.batch_size < run.world_size:
+    sys.exit(f"error: --batch-size {cfg.batch_size} is below the {run.world_size} processes")
+
+def micro_batches(samples):
+    # This process's share of them, in pieces.
+    shares = np.array_split(samples, run.world_size)
+    share = shares[run.rank]
+    size = cfg.micro_batch_size or cfg.batch_size // run.world_size
+    starts = range(0, len(share), size)
+    return [share[i : i + size] for i in starts]
+
+def all_reduce(x):
+    # The sum over the processes.
+    if run.world_size > 1:
+        dist.all_reduce(x)
+    return x
+
+def set_seed(*numbers):
+    # What is random in the model, such as dropout, is so the same in a resumed run.
+    torch.manual_seed(zlib.crc32(str(numbers).encode()))
+
+# %%
+# data: points in the plane, (N, 2), and the arm of the spiral that each belongs to, (N,)
+def make_points(count, seed):
+    rng = np.random.default_rng(seed)
+    arm = rng.integers(cfg.classes, size=count)
+    radius = rng.uniform(size=count)
+    angle = 2 * np.pi * (arm / cfg.classes + radius)
+    points = radius * np.stack((np.cos(angle), np.sin(angle)))  # (2, N)
+    points += cfg.noise * radius * rng.standard_normal(points.shape)
+    points = torch.from_numpy(points.T.astype(np.float32)).to(device)
+    return points, torch.from_numpy(arm).to(device)
+
+train_data = make_points(cfg.train_points, seed=1)
+val_data = make_points(2000, seed=2)
+
+def get_batch(data, places):
+    # points, (B, 2), and their classes, (B,)
+    points, arm = data
+    return points[places], arm[places]
+
+def train_offsets(step):
+    # The points of a step, (batch_size,), of all processes together. They depend on (seed, step)
+    # alone, so that a resumed run sees the same.
+    rng = np.random.default_rng((cfg.seed, step))
+    return rng.integers(cfg.train_points, size=cfg.batch_size)
+
+val_offsets = np.arange(2000)
+tokens_per_step = cfg.batch_size
+
+# How a resumed run knows its data.
+fingerprint = zlib.crc32(train_data[0].cpu().numpy().tobytes())
+
+# %%
+# model
+class Linear(nn.Linear):
+    # float32 weights for the optimizer, the product in --dtype
+    def forward(self, x):
+        bias = self.bias.to(matmul_dtype)
+        return F.linear(x.to(matmul_dtype), self.weight.to(matmul_dtype), bias)
+
+def norm(x):
+    return F.layer_norm(x, x.shape[-1:])
+
+class Classifier(nn.Module):
+    def __init__(self, C):
+        super().__init__()
+        self.enter = Linear(2, C)
+        self.blocks = nn.ModuleList(Linear(C, C) for _ in range(cfg.n_layer))
+        self.head = Linear(C, cfg.classes)
+
+    def forward(self, points, targets=None):
+        x = self.enter(points).float()  # (B, C)
+        for block in self.blocks:
+            x = x + F.relu(block(norm(x))).square()
+        logits = self.head(norm(x)).float()  # (B, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits, targets)
+
+model = Classifier(cfg.n_embd).to(device)
+train_model = model  # the same weights, as the loop calls them
+if compiling:
+    train_model = torch.compile(train_model, dynamic=False)
+if run.world_size > 1:
+    train_model = nn.parallel.DistributedDataParallel(train_model)
+
+# %%
+# optimizers
+class Muon(torch.optim.Optimizer):
+    # Muon (Jordan et al., 2024): a matrix moves along its momentum, made nearly orthogonal.
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta = group["beta"]
+            lr = group["lr"]
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
+                momentum.lerp_(p.grad, 1 - beta)
+                p.grad.lerp_(momentum, beta)  # Nesterov's momentum
+            # All matrices of one shape are orthogonalized as one batch.
+            for shape in sorted({p.shape for p in params}):
+                batch = [p for p in params if p.shape == shape]
+                updates = orthogonal(torch.stack([p.grad for p in batch]))
+                # An update gets an RMS of 0.2, about that of AdamW's (Liu et al., 2025).
+                size = 0.2 * max(shape) ** 0.5
+                for p, update in zip(batch, updates):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(update, alpha=-lr * size)
+
+def orthogonal(x):
+    # Five steps of Newton-Schulz bring the singular values of each matrix of x, (n, rows,
+    # columns), to about 1. The coefficients are Keller Jordan's.
+    if x.size(1) > x.size(2):
+        return orthogonal(x.mT).mT
+    norms = x.norm(dim=(1, 2), keepdim=True)  # (n, 1, 1)
+    x = (x / (norms + 1e-7)).to(matmul_dtype)
+    for _ in range(5):
+        gram = x @ x.mT  # (n, rows, rows)
+        polynomial = -4.775 * gram + 2.0315 * gram @ gram
+        x = 3.4445 * x + polynomial @ x
+    return x.float()
+
+# Muon takes the hidden matrices: the weights of each nn.Linear in a ModuleList or Sequential.
+hidden = set()
+for stack in model.modules():
+    if isinstance(stack, (nn.ModuleList, nn.Sequential)):
+        for layer in stack.modules():
+            if isinstance(layer, nn.Linear):
+                hidden.add(layer.weight)
+matrices = []
+rest = {}  # the others by their lr_scale, which a layer gives to weights of another rate
+for p in model.parameters():
+    if p in hidden:
+        matrices.append(p)
+    else:
+        scale = getattr(p, "lr_scale", 1.0)
+        rest.setdefault(scale, []).append(p)
+
+# Each group learns at its scale times lr_at(step). The constants are the best of a few tried.
+groups = [dict(params=params, scale=scale) for scale, params in rest.items()]
+optimizers = []
+if cfg.optimizer == "muon" and matrices:
+    defaults = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, beta=0.8)
+    optimizers.append(Muon(matrices, defaults))
+elif cfg.optimizer == "muon":
+    print("note: no nn.Linear in a ModuleList or Sequential, so AdamW takes all, Muon nothing")
+else:
+    groups.append(dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay))
+adamw = torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)
+optimizers.append(adamw)
+
+def lr_at(step):
+    # warmup, stable, decay (Hu et al., 2024)
+    up = (step + 1) / (cfg.warmup + 1)
+    cooldown_steps = max(cfg.cooldown * cfg.steps, 1)
+    down = (cfg.steps - step) / cooldown_steps
+    return cfg.lr * min(up, 1, down)
+
+# %%
+# loop
+@torch.no_grad()
+def evaluate():
+    # Measures by name, first the one that matters. The processes share the work.
+    model.eval()
+    total = torch.zeros(2, device=device)
+    for places in micro_batches(val_offsets):
+        points, arm = get_batch(val_data, places)
+        logits = model(points)
+        total[0] += (logits.argmax(-1) == arm).sum()
+        total[1] += F.cross_entropy(logits, arm, reduction="sum")
+    model.train()
+    accuracy, val_loss = all_reduce(total) / len(val_offsets)
+    return dict(accuracy=accuracy, val_loss=val_loss)
+
+# All that is saved is handed over here, by name. In a notebook this cell may run again.
+begun = run.resume(data=fingerprint, model=model, optimizers=optimizers)
+for step in range(begun, cfg.steps + 1):
+    row = dict(step=step, points=step * tokens_per_step, lr=lr_at(step))
+    last = step == cfg.steps
+
+    # The weights after `step` updates: measure and save them. After a signal it ends there.
+    if run.stopping() or last or step % cfg.eval_every == 0:
+        set_seed(cfg.seed, run.rank)
+        run.save(row, evaluate())
+    if last:
+        run.log(row)
+        break
+
+    # One step: the loss and its gradient over the micro-batches, then the update.
+    set_seed(cfg.seed, step, run.rank)
+    model.zero_grad()
+    train_loss = torch.zeros((), device=device)
+    pieces = micro_batches(train_offsets(step))
+    for i, offsets in enumerate(pieces):
+        # Processes exchange gradients once a step, after the last micro-batch, and average them.
+        if run.world_size > 1:
+            train_model.require_backward_grad_sync = i == len(pieces) - 1
+        batch = get_batch(train_data, offsets)
+        weight = len(offsets) * run.world_size / cfg.batch_size
+        loss = train_model(*batch) * weight
+        loss.backward()
+        train_loss += loss.detach()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.get("scale", 1.0) * row["lr"]
+        optimizer.step()
+    run.log(row, all_reduce(train_loss) / run.world_size)
+
+model.eval()
+if run.world_size > 1:
+    dist.barrier()
+    dist.destroy_process_group()
+
+# %%
+# the result
+run.finish(
+    points_per_second=cfg.steps * tokens_per_step / run.seconds,
+    parameters=sum(p.numel() for p in model.parameters()),
+    device=device_name,
+    dtype=dtype_name,
+)
+
+# %%
+# the curves, in the notebook
+if run.notebook:
+    import pandas as pd
+
+    metrics = pd.read_json(run.dir / "metrics.jsonl", lines=True).interpolate()
+    metrics.plot("step", ["train_loss", *run.measures])
