@@ -1,4 +1,4 @@
-"""Config: every flag, a line each, its comment the --help. Run: the record of a run."""
+"""Config: every flag, a line each, its comment the --help. Run: the record."""
 import contextlib
 import fcntl
 import io
@@ -25,9 +25,14 @@ class Record:
     wandb: str = os.environ.get("WANDB_MODE") or "offline"  # or online, disabled
     wandb_project: str = os.environ.get("WANDB_PROJECT") or "gpt"
     wandb_group: str = ""  # such as a sweep's name
-    steps: int = 300  # optimizer steps
+    steps: int = 250  # optimizer steps
     log_every: int = 10  # steps between rows of metrics.jsonl
     eval_every: int = 50  # steps between evaluations, and checkpoints
+
+    def __post_init__(self):
+        for name in ("lr", "steps", "log_every", "eval_every", "batch_size"):
+            if not 0 < getattr(self, name, 1) < math.inf:
+                raise ValueError(f"{name} must be positive")
 
     def __setattr__(self, name, value):
         if "opened" in vars(self):
@@ -66,7 +71,7 @@ class Config(Record):
 
     # evaluation
     eval_tokens: int = 32768  # of the validation data
-    sample_tokens: int = 512  # written at the end
+    sample_tokens: int = 256  # written at the end
 
     # machine
     seed: int = 1337  # of weights, batches and sample
@@ -74,12 +79,7 @@ class Config(Record):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
 
-    def __post_init__(self):
-        for name in ("lr", "steps", "log_every", "eval_every", "batch_size"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive")
-
-# Fields that make no other experiment: a run resumes with other values of them.
+# Fields that make no other experiment: a run resumes with others.
 ASIDE = {"run_dir", "wandb", "wandb_project", "wandb_group", "log_every", "eval_every"}
 ASIDE |= {"sample_tokens", "device", "compile"}
 
@@ -99,7 +99,7 @@ def open_run(defaults):
     if script.name != Path(caller.f_globals.get("__file__") or "none").name:
         script = Path("notebook.py")
         cells = caller.f_globals.get("In", [""])
-        for name in made_by_cells:  # a cell left out is missed
+        for name in made_by_cells:
             caller.f_globals.pop(name, None)
     else:
         if sys.stdout:
@@ -178,7 +178,7 @@ class Run:
                     if not weights.issuperset(group["params"]):
                         sys.exit(f"error: {name} is of another model: run its cell again")
 
-        # A notebook's loop may run again.
+        # A notebook's loop may go on.
         saved = dict(step=0, seconds=0.0, rows="")
         path = self.dir / "checkpoint.pt"
         if path.exists():
@@ -260,8 +260,9 @@ class Run:
         step = row["step"]
         due = step % self.cfg.log_every == 0 or row.keys() & self.measures.keys()
         diverged = not math.isfinite(row.get("train_loss", 0))
-        shown = [name for name in ("train_loss", *self.measures) if name in row]
-        text = ", ".join(f"{name} {row[name]:.4g}" for name in shown)
+        shown = row if self.bar.disable else self.measures | row
+        names = [name for name in ("train_loss", *self.measures) if name in shown]
+        text = ", ".join(f"{name} {shown[name]:.4g}" for name in names)
         if self.records and (due or diverged):
             with open(self.dir / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(finite(row), default=float) + "\n")
@@ -312,7 +313,7 @@ class Run:
                 print(f"note: other code, data or device; see {self.dir}/code")
             return
         if self.step < self.cfg.steps:
-            sys.exit("error: steps are left: run the loop's cell to its end")
+            sys.exit("error: steps are left: run the loop's cell")
         result = finite(self.measures) | dict(steps=self.step, train_seconds=self.seconds) | facts
         self._write_code()
         self.write("result.json", result)

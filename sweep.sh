@@ -29,16 +29,15 @@ run() { # called by the grid, with a run's name and its own flags
   local line=("${command[@]}" --run-dir "$dir" --wandb-group "$sweep" "${common[@]}")
   line+=("${@:2}" "${extra[@]}")
   [[ "$name" =~ ^[^-./][^/]*$ ]] || fail "'$name' cannot be the name of a run"
-  [[ "${line[*]}" != *--run[-_]dir*--run[-_]dir* ]] ||
-    fail "--run-dir is not yours to give: sweep= in sweep.sh names the runs' folder"
   theirs=" ${extra[*]//_/-} " && theirs=${theirs// --no-/ --}
-  for flag in "${@:2}"; do # --idea and --no-idea are one flag, as are --a_b and --a-b
+  for flag in --run-dir "${@:2}"; do # --idea and --no-idea are one flag, as are --a_b and --a-b
     flag=${flag%%=*} && flag=${flag/#--no-/--}
     [[ "$flag" != --* || "$theirs" != *" ${flag//_/-}"[\ =]* ]] ||
-      fail "$flag is not yours to give: the grid in sweep.sh gives it"
+      fail "$flag is not yours to give: sweep.sh gives it"
   done
   case $doing in
     names) echo "$name" ;;
+    unfinished) [ -e "$dir/result.json" ] || echo "$name" ;;
     list) printf '%q ' "${line[@]}" && echo ;;
     slurm) # a tab behind each word
       [[ ! -e "$dir/result.json" && "$queued" != *$'\t'"$dir"$'\t'* ]] || return 0
@@ -48,8 +47,8 @@ run() { # called by the grid, with a run's name and its own flags
       slot=${#processes[@]}
       [ "$slot" != "$at_once" ] || wait_for_a_run
       [ ${#gpus[@]} = 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[slot % ${#gpus[@]}]}
-      names[slot]=$name new[slot]=1
-      [ ! -e "$dir/result.json" ] || new[slot]=0
+      names[slot]=$name began[slot]=$SECONDS
+      [ ! -e "$dir/result.json" ] || began[slot]=before
       mkdir -p "$dir"
       echo "sweep.sh, $(date): ${line[*]}" >> "$dir/log.txt"
       set -m # a process group for each run: Ctrl-C is for this shell alone, which passes it on
@@ -61,7 +60,7 @@ run() { # called by the grid, with a run's name and its own flags
 }
 
 wait_for_a_run() { # until one ends: sets its slot, which is free now, and says what came of it
-  local name dir number news code=0
+  local name dir number news left='' code=0
   until false; do
     for slot in "${!processes[@]}"; do
       kill -0 "${processes[slot]}" || break 2
@@ -77,7 +76,7 @@ wait_for_a_run() { # until one ends: sets its slot, which is free now, and says 
     value=$(LC_ALL=C printf %.5g "${BASH_REMATCH[2]}")
     table+="$value $name"$'\n'
     news="$measure $value"
-    [ "${new[slot]}" = 1 ] || news="was finished: $news"
+    [ "${began[slot]}" != before ] || news="was finished: $news"
   else # the last line of an error, or the first in the box of one, but not of an earlier try
     news=$(tr -d '\0' < "$dir/log.txt" | awk '
       /^╭/ { getline; gsub(/^│ *| *│$/, ""); print }
@@ -88,18 +87,11 @@ wait_for_a_run() { # until one ends: sets its slot, which is free now, and says 
     failed+=("$name, see $dir/log.txt: $news")
     news="FAILED: $news"
   fi
-  ended=$((ended + 1)) trained=$((trained + new[slot]))
-  left=$((SECONDS * (total - ended) / (trained > 0 ? trained : 1)))
-  echo "$ended of $total  $name  $news  $(clock $left) left"
-}
-
-by_other_code() { # whether a run's copies of its code differ from that code, or did in mid-run
-  local copy file
-  for copy in "$1"/*.py; do
-    file=$(dirname "$script")/${copy##*/}
-    [ ! -e "$copy" ] || [ ! -e "$file" ] || cmp -s "$copy" "$file" || return 0
-  done
-  grep -qs '"edited"' "$1/meta.json"
+  ended=$((ended + 1))
+  [ "${began[slot]}" = before ] || # a finished run takes no time worth counting
+    trained=$((trained + 1)) spent=$((spent + SECONDS - began[slot]))
+  [ "$trained" = 0 ] || left="  $(clock $((spent * (new - trained) / trained / at_once))) left"
+  echo "$ended of $total  $name  $news$left"
 }
 
 # shellcheck disable=SC2317,SC2329
@@ -122,7 +114,6 @@ run_on_slurm() { # an array's list stays as it is while it waits: a grown grid g
   mkdir -p "runs/$sweep"
   grid | split -l $((largest - 1)) - "$list-"
   for part in "$list-"*; do
-    [ -e "$part" ] || break # there is no run to send
     rows=$(wc -l < "$part")
     id=$(sbatch --parsable --job-name="$sweep" --array="1-$rows${JOBS:+%$JOBS}" \
       --comment="$part" --output="runs/$sweep/slurm-%A_%a.log" "${after[@]}" \
@@ -147,20 +138,21 @@ main() { # read to its end before it begins, so that the file can be edited whil
   esac
   while [[ "$doing $* " == slurm*" -- "* ]]; do sbatch_flags+=("$1") && shift; done # to the --
   extra=("$@")
-  cd "$(dirname "$0")"
+  CDPATH='' cd "$(dirname "$0")"
+  shopt -s nullglob # a pattern without files is none
 
   [[ "$best" = min || "$best" = max ]] || fail "best=$best is neither min nor max"
   script=${command[-1]}
   [[ "$script" != *.py || -e "$script" ]] || fail "there is no $script in $PWD"
+  [[ ! -e "runs/$sweep/lock" && ! -e "runs/$sweep/config.json" ]] ||
+    fail "runs/$sweep is a run itself: name another sweep= in sweep.sh"
   all_names=$(doing=names grid)
   total=$(wc -l <<< "$all_names")
   twice=$(sort <<< "$all_names" | uniq -d | head -n 1)
   [ -z "$twice" ] || fail "two runs are called $twice: each loop's value belongs in the name"
 
-  case $doing in
-    list) grid; exit ;;
-    slurm) run_on_slurm; exit ;;
-  esac
+  [ "$doing" != list ] || { grid; exit; }
+  [ "$doing" != slurm ] || { run_on_slurm; exit; }
   cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2> /dev/null || sysctl -n hw.ncpu)
   gpus=() all=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null || true)
   for gpu in $(tr , ' ' <<< "${CUDA_VISIBLE_DEVICES-$all}"); do
@@ -168,8 +160,7 @@ main() { # read to its end before it begins, so that the file can be edited whil
     gpus+=("$gpu")
   done
   at_once=${JOBS:-${#gpus[@]}}
-  [[ "$at_once" =~ ^0*([0-9]{1,6})$ ]] || fail "JOBS=$at_once is not a number"
-  at_once=${BASH_REMATCH[1]}
+  [[ "$at_once" =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "JOBS=$at_once is not a number"
   [ "$at_once" != 0 ] || at_once=$cores
   [ "$at_once" -le "$total" ] || at_once=$total
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > at_once ? cores / at_once : 1))}
@@ -177,21 +168,30 @@ main() { # read to its end before it begins, so that the file can be edited whil
 
   trap stop_runs EXIT
   trap 'exit 130' HUP INT QUIT TERM PIPE
-  SECONDS=0 ended=0 trained=0 processes=() failed=() measure=result table='' order=-g
+  SECONDS=0 ended=0 trained=0 spent=0 processes=() failed=() measure=result table=''
+  new=$(doing=unfinished grid | wc -l)
   grid
   while [ ${#processes[@]} != 0 ]; do wait_for_a_run; done
-  echo "$total runs, ${#failed[@]} failed, in $(clock $SECONDS)"
-  [ "$best" = min ] || order=-gr
+  echo "$total runs, ${#failed[@]} failed, in $(clock $SECONDS); plot.ipynb draws runs/$sweep"
   if [ -n "$table" ]; then
-    echo "plot.ipynb draws runs/$sweep"
+    order=-g
+    [ "$best" = min ] || order=-gr
     printf '%-10s %s\n' "$measure" "run, the best ($best) first"
-    marks=''
-    while read -r value name; do
+    rows=$(printf '%s' "$table" | LC_ALL=C sort "$order" | while read -r value name; do
       mark=''
-      ! by_other_code "runs/$sweep/$name" || mark=" *" marks="* trained by code that has changed"
+      for copy in "runs/$sweep/$name"/code/*/*.py; do # of each of its starts
+        cmp -s "$copy" "$(dirname "$script")/${copy##*/}" || mark=" *"
+      done
       printf '%-10s %s\n' "$value" "$name$mark"
-    done < <(printf '%s' "$table" | LC_ALL=C sort "$order")
-    [ -z "$marks" ] || echo "$marks"
+    done)
+    echo "$rows"
+    # each setting over its seeds, where the names say seed1 and seed2
+    awk '{ value = $1; sub(/^[^ ]+ +/, ""); sub(/-?seed[0-9]+/, "")
+      if (!n[$0]++) first[$0] = value
+      sum[$0] += value; last[$0] = value }
+    END { for (s in n) if (n[s] > 1) printf "%-10.5g %s, mean of %d: %s to %s\n", \
+      sum[s] / n[s], s, n[s], first[s], last[s] }' <<< "$rows" | LC_ALL=C sort "$order"
+    [[ "$rows" != *" *"* ]] || echo "* trained by code that has changed"
   fi
   [ ${#failed[@]} = 0 ] || { printf 'FAILED     %s\n' "${failed[@]}" && exit 1; }
 }

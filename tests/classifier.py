@@ -202,7 +202,8 @@ class Muon(torch.optim.Optimizer):
                 # An update gets an RMS of 0.2, about that of AdamW's (Liu et al., 2025).
                 size = 0.2 * max(shape) ** 0.5
                 for p, update in zip(batch, updates):
-                    p.mul_(1 - lr * group["weight_decay"])
+                    decay = lr * group["weight_decay"]
+                    p.mul_(1 - decay)
                     p.add_(update, alpha=-lr * size)
 
 def orthogonal(x):
@@ -237,12 +238,13 @@ for p in model.parameters():
 # Each group learns at its scale times lr_at(step). The constants are the best of a few tried.
 groups = [dict(params=params, scale=scale) for scale, params in rest.items()]
 optimizers = []
-if cfg.optimizer == "muon" and matrices:
+if cfg.optimizer == "muon":
+    print(f"Muon takes {len(matrices)} weights of nn.Linear in ModuleLists or Sequentials")
     defaults = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, beta=0.8)
-    optimizers.append(Muon(matrices, defaults))
-elif cfg.optimizer == "muon":
-    print("note: no nn.Linear in a ModuleList or Sequential, so AdamW takes all, Muon nothing")
+    if matrices:
+        optimizers.append(Muon(matrices, defaults))
 else:
+    assert cfg.optimizer == "adamw"
     groups.append(dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay))
 adamw = torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)
 optimizers.append(adamw)

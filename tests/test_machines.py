@@ -1,378 +1,290 @@
-"""What other people's files, disks, terminals and variables do to a run."""
-
+"""What other people's files, disks, terminals, signals and variables do to a run."""
+import fcntl
 import gzip
 import json
-import lzma
 import os
 import pty
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from test_train import (  # noqa: F401 (workdir is a fixture)
-    ROOT,
-    TINY,
-    copy_code,
-    error_here,
-    files,
-    has_rows,
-    kill,
-    metrics,
-    refused,
-    start,
-    train,
-    train_here,
-    trained,
-    wait_until,
-    workdir,
-)
+    ROOT, SHORT, TINY, broken_here, copy_code, edited, files, has_rows, metrics, read_json,
+    refused, run_here, start, train_here, trained, wait_until, workdir,
+)  # fmt: skip
 
-SHORT = ["--steps", 5, "--eval-tokens", 32]
+# signals, closed streams and terminals
 
+SITTINGS = [
+    ("trap '' HUP; exec LINE", [signal.SIGHUP, signal.SIGINT], 130),  # as nohup does
+    ("trap : INT; LINE 2>&1 | tee log; exit ${PIPESTATUS[0]}", [signal.SIGINT], 130),
+    ("exec LINE >&-", [signal.SIGTERM], 143),
+    ("exec LINE 2>&-", [signal.SIGUSR1], 138),
+    ("exec LINE > /dev/full 2>&1", [signal.SIGHUP], 129),
+]
+
+def test_one_run_through_signals_closed_streams_and_a_closed_terminal(monkeypatch):
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    copy_code()
+    flags = ["--steps", "150", "--micro-batch-size", "1", "--run-dir"]
+    line = shlex.join([sys.executable, "train.py", *TINY, *flags, "run"])
+    rare = f"{line} --eval-every 1000"
+    starts = ["0"]
+    rows_file = Path("run/metrics.jsonl")
+    count = lambda: rows_file.read_text().count("\n") if rows_file.exists() else 0  # noqa: E731
+    for shell, numbers, code in SITTINGS:
+        command = ["bash", "-c", shell.replace("LINE", rare)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, start_new_session=True)
+        wait_until(process, Path("run/lock").exists)
+        if starts == ["0"]:  # its files are edited before it imports torch
+            subprocess.run("echo '# edited' | tee -a train.py config.py", shell=True)
+        for number in numbers:
+            rows = count() + 4
+            wait_until(process, lambda: count() > rows)
+            os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        if starts == ["0"]:
+            saved = f"\nsaved at step {count()}; again with --run-dir run to go on\n"
+            assert saved.encode() in out and not err
+        starts.append(str(count()))
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execlp("bash", "bash", "-c", f"stty rows 24 cols 80; exec {line} --eval-every 1")
+    shown = b""
+    rows = count() + 4
+    while count() < rows:
+        shown += os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    starts.append(str(count()))
+    # For the core: `resume` makes the bar before it prints "run resumes at step", which stands
+    # so on the bar's line, over 80 columns; mended, every line here has at most 80.
+    bars = [bar for bar in shown.decode(errors="replace").split("\r") if "resumes" not in bar]
+    assert max(len(bar) for bar in bars) <= 80
+    bar = r"/150 \[\d\d:\d\d<\d\d:\d\d,.*train_loss \d\.\d+, val_loss \d\.\d+\]"
+    assert re.search(bar, "\n".join(bars)), bars
+
+    train_here(*flags, "whole")
+    trained(*flags, "run", script="train.py")
+    for mine, theirs in zip(metrics("run"), metrics("whole"), strict=True):
+        assert mine.get("train_loss") == theirs.get("train_loss")
+    assert {path.name for path in Path("run/code").iterdir()} == set(starts)
+    for step in starts:
+        for name in ("train.py", "config.py"):
+            code = Path("run/code", step, name).read_bytes()
+            assert code == (ROOT / name).read_bytes() + b"# edited\n" * (step != "0")
+
+# data and flags
 
 def with_header(magic, version, ids):
     header = np.zeros(256, np.int32)
     header[:3] = magic, version, len(ids)
     return header.tobytes() + ids.tobytes()
 
+def put(name, content):
+    if name.endswith(".npy"):
+        np.save(name, content)
+    else:
+        Path(name).write_bytes(content)
 
-# data
-
-
-def test_the_same_ids_in_every_kind_of_file():
-    ids = np.random.default_rng(0).integers(1000, size=20000)
-    ids.astype(np.uint16).tofile("ids.bin")
-    ids.astype(np.uint16).tofile("TRAIN.BIN")
-    np.save("uint16.npy", ids.astype(np.uint16))
-    np.save("int64.npy", ids)
-    Path("gpt2.bin").write_bytes(with_header(20240520, 1, ids.astype(np.uint16)))
-    Path("llama.bin").write_bytes(with_header(20240801, 7, ids.astype(np.uint32)))
-    names = ["ids.bin", "TRAIN.BIN", "uint16.npy", "int64.npy", "gpt2.bin", "llama.bin"]
-    for name in names:
-        flags = ["--data", name, "--vocab-size", 1000, "--run-dir", f"runs/{name}"]
-        train_here(*flags, *SHORT)
-        assert metrics(f"runs/{name}") == metrics("runs/ids.bin")
-
-
-def test_ids_below_256_are_not_shown_as_text():
-    np.save("ids.npy", np.random.default_rng(0).integers(200, size=20000, dtype=np.uint8))
-    train_here("--data", "ids.npy", "--run-dir", "run", *SHORT)
-    sample = json.loads(Path("run/sample.txt").read_text())
-    assert len(sample) == 16 and all(0 <= id < 256 for id in sample)
-
-
-BAD = {
-    "uint32 without a header": (["--data", "wide.bin"], "every second uint16 is small"),
-    "more ids than uint16 has": (["--data", "ids.bin", "--vocab-size", 128256], "65535"),
-    "more ids than bytes": (["--data", "data.txt", "--vocab-size", 1000], "uint8"),
-    "npy of floats": (["--data", "floats.npy"], "cannot read floats.npy"),
-    "npy of two rows": (["--data", "rows.npy"], "(2, 5000)"),
-    "npy that is none": (["--data", "text.npy"], "cannot read text.npy"),
-    "header and too few ids": (["--data", "cut.bin"], "cannot read cut.bin"),
-    "negative ids": (["--data", "negative.npy"], "error: token id -1"),
-    "uint32 beyond 65535": (["--data", "wider.bin", "--vocab-size", 65536], "every second uint16"),
-    "a compressed text": (["--data", "text.gz"], "it is no plain text"),
-    "another compressed text": (["--data", "text.xz"], "it is no plain text"),
-    "a text of two-byte characters": (["--data", "utf-16.txt"], "it is no plain text"),
-    "a pipe": (["--data", "pipe"], "cannot read pipe as token ids: it is a pipe"),
-    "an empty npy": (["--data", "empty.npy"], "cannot read empty.npy"),
+# the same ids in every kind of file
+IDS = np.random.default_rng(0).integers(200, size=20000)
+SAME = {
+    "ids.bin": IDS.astype(np.uint16),
+    "uint8.npy": IDS.astype(np.uint8),
+    "int64.npy": IDS,
+    "GPT2.BIN": with_header(20240520, 1, IDS.astype(np.uint16)),
+    "llama.bin": with_header(20240801, 7, IDS.astype(np.uint32)),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_data_is_never_read_as_what_it_is_not(name):
-    ids = np.random.default_rng(0).integers(200, size=10000)
-    ids.astype(np.uint32).tofile("wide.bin")
-    ids.astype(np.uint16).tofile("ids.bin")
-    np.random.default_rng(0).integers(128256, size=10000).astype(np.uint32).tofile("wider.bin")
-    Path("text.gz").write_bytes(gzip.compress(Path("data.txt").read_bytes()))
-    Path("utf-16.txt").write_text(Path("data.txt").read_text(), "utf-16")
-    Path("text.xz").write_bytes(lzma.compress(Path("data.txt").read_bytes()))
-    os.mkfifo("pipe")
-    Path("empty.npy").touch()
-    np.save("floats.npy", ids * 1.0)
-    np.save("rows.npy", ids.reshape(2, -1))
-    np.save("negative.npy", -ids)
-    Path("text.npy").write_text("text" * 1000)
-    cut = with_header(20240520, 1, ids.astype(np.uint16))[:-100]
-    Path("cut.bin").write_bytes(cut)
-    flags, words = BAD[name]
-    assert words in error_here("--run-dir", "run", *flags)
-
-
-def test_large_data_in_rows_that_begin_alike_is_told_apart():
-    rng = np.random.default_rng(0)
-    for run_dir in ("one", "two"):
-        rows = rng.integers(1, 256, size=(12_000, 1000), dtype=np.uint8)
-        rows[:, 0] = 0
-        np.save("rows.npy", rows.flatten())
-        train_here("--data", "rows.npy", "--run-dir", run_dir, *SHORT)
-    one, two = [json.loads(Path(run, "meta.json").read_text())["data"] for run in ("one", "two")]
-    assert one[:2] == two[:2] == [10_800_000, 1_200_000] and one[2] != two[2]
-
-
-@pytest.mark.parametrize("name", ["data.txt", "val.txt"])
-def test_resume_on_other_data_of_the_same_size_is_refused(name):
-    shutil.copy("data.txt", "val.txt")
-    first = start("--run-dir", "run", "--val-data", "val.txt")
-    wait_until(first, lambda: has_rows("run", 3))
-    kill(first)
-    before = files("run")
-    text = Path(name).read_bytes()
-    middle = len(text) // 2
-    Path(name).write_bytes(text[:middle] + b"?" + text[middle + 1 :])
-    refused(train("--run-dir", "run", "--val-data", "val.txt"), "began with other data")
-    assert files("run") == before
-
-
-def test_stdlib_of_another_python_is_other_data(monkeypatch):
-    """A Python is where os.py lies: here a folder with copies of some of its files."""
-    library = Path(os.__file__).parent
-    Path("lib").mkdir()
-    for name in ["os.py", "argparse.py", "ast.py"]:
-        shutil.copy(library / name, "lib")
-    here = str(Path("lib/os.py").resolve())
-    Path("sitecustomize.py").write_text(f"import os\nos.__file__ = {here!r}\n")
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    flags = ["--run-dir", "run", "--data", "stdlib"]
-    first = start(*flags)
-    wait_until(first, lambda: has_rows("run", 3))
-    kill(first)
-    Path("lib/ast.py").write_text("newer = True\n")
-    refused(train(*flags), "began with other data")
-    Path("run").rename("older")
-    trained(*flags, *SHORT)
-    sizes = [json.loads(Path(run, "meta.json").read_text())["data"] for run in ("older", "run")]
-    assert sizes[0] != sizes[1]
-
-
-# disks and names
-
-
-def without_roots_rights(*command):
-    """The command, which even as root may not pass over the permissions of files."""
-    if os.geteuid() != 0:
-        return command
-    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
-
-
-def test_what_may_not_be_read_entered_or_written():
-    Path("secret.txt").write_bytes(b"x" * 10000)
-    Path("secret.txt").chmod(0)
-    Path("closed").mkdir(mode=0)
-    Path("read-only").mkdir(mode=0o555)
-    cases = [
-        (["--data", "secret.txt", "--run-dir", "run"], "Permission denied: 'secret.txt'"),
-        (["--run-dir", "closed"], "cannot write to --run-dir closed"),
-        (["--run-dir", "closed/run"], "cannot write to --run-dir closed/run"),
-        (["--run-dir", "read-only/run"], "cannot write to --run-dir read-only/run"),
-        (["--run-dir", "run", "--init-from", "closed"], "cannot read closed/config.json"),
-    ]
-    for flags, words in cases:
-        command = without_roots_rights(sys.executable, ROOT / "train.py", *TINY, *flags)
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert words in done.stderr
-        assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("number", [37, 38, 95])
-def test_a_disk_without_locks_trains_with_a_note(number, monkeypatch):
-    Path("sitecustomize.py").write_text(
-        "import fcntl\n"
-        "def lockf(*args):\n"
-        f"    raise OSError({number}, 'no locks here')\n"
-        "fcntl.lockf = lockf\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    process = trained("--run-dir", "run", *SHORT)
-    assert "note: this disk has no locks" in process.out
-
-
-def test_home_in_a_name_and_a_finished_run_without_its_rows(monkeypatch):
+def test_the_same_ids_in_every_kind_of_file(monkeypatch):
     monkeypatch.setenv("HOME", os.getcwd())
-    shutil.copy("data.txt", "text.txt")
-    trained("--run-dir=~/run", "--data=~/text.txt", *SHORT)
-    assert Path("run/result.json").exists()
+    for name, content in SAME.items():
+        put(name, content)
+        train_here(f"--data=~/{name}", f"--run-dir=~/runs/{name}", *SHORT)
+        assert metrics(f"runs/{name}") == metrics("runs/ids.bin")
+        assert len(read_json(f"runs/{name}/sample.txt")) == 16  # ids, not text
     assert not Path("~").exists()
-    Path("run/metrics.jsonl").unlink()
-    again = trained("--run-dir=~/run", "--data=~/text.txt", *SHORT)
-    assert "is finished: val_loss: " in again.out
 
+BAD_DATA = [
+    ("wide.bin", IDS.astype(np.uint32), "every second uint16 is small"),
+    ("wider.bin", (IDS * 640).astype(np.uint32), "every second uint16 is small"),
+    ("large.bin", IDS.astype(np.uint16) + 100, "token id 299 in the data, beyond --vocab-size 256"),
+    ("negative.npy", -IDS, "token id -199 in the data"),
+    ("floats.npy", IDS * 1.0, "floats.npy is float64 of shape (20000,)"),
+    ("rows.npy", IDS.reshape(2, -1), "int64 of shape (2, 10000)"),
+    ("cut.bin", SAME["GPT2.BIN"][:-100], "cannot read cut.bin"),
+    ("odd.bin", b"x" * 10001, "cannot read odd.bin"),
+    ("text.npy", None, "cannot read text.npy"),
+    ("text.gz", gzip.compress(b"some text" * 1000), "it is no plain text"),
+    ("utf-16.txt", ("some text" * 1000).encode("utf-16"), "it is no plain text"),
+    ("empty.txt", b"", "cannot read empty.txt"),
+    ("short.txt", b"x" * 100, "too few tokens for --seq-len 32"),
+    ("data.txt/none", None, "cannot read data.txt/none"),
+    (".", None, "Is a directory"),
+]
+BAD_FLAGS = [
+    (["--vocab-size", 257], 1, "--vocab-size 257 is beyond the uint8 of data.txt"),
+    (["--learning-rate", 1], 2, "Unrecognized options"),
+    (["--lr", "fast"], 2, "could not convert string to float"),
+    (["--lr", "nan"], 2, "lr must be positive"),
+    (["--steps", 0], 2, "steps must be positive"),
+    (["--optimizer", "sgd"], 2, "invalid choice"),
+]
 
-def test_commit_of_the_codes_own_folder_and_whether_it_was_clean():
+def test_bad_input_is_refused_and_data_never_read_as_what_it_is_not():
+    Path("text.npy").write_text("text" * 1000)
+    for name, content, words in BAD_DATA:
+        if content is not None:
+            put(name, content)
+        refused(run_here("--run-dir", "run", "--data", name), words)
+    for flags, code, words in BAD_FLAGS:
+        refused(run_here("--run-dir", "run", *flags), words, code=code)
+    with pytest.raises(AssertionError, match="multiple of twice n_head"):
+        run_here("--run-dir", "run", "--n-head", 3)
+    assert os.listdir("run") == ["lock"]
+
+def test_many_ids_are_told_apart_by_some_of_them():
+    flags = ["--data", "ids.npy", "--run-dir", "run", *SHORT]
+    for seed in (1, 2):
+        ids = np.random.default_rng(seed).integers(256, size=12_000_000, dtype=np.uint8)
+        ids[::1000] = 0  # in rows that begin alike
+        np.save("ids.npy", ids)
+        if seed == 1:
+            broken_here(3, *flags)
+    refused(run_here(*flags), "data is [10800000, 1200000, ")
+
+# disks, repositories and compilers
+
+def test_what_may_not_be_read_or_written_and_a_disk_without_locks(monkeypatch):
+    put("secret.txt", b"x" * 10000)
+    Path("secret.txt").chmod(0)
+    Path("closed").mkdir(mode=0o555)
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]  # of root's rights
+    command = [*(drop if os.geteuid() == 0 else []), sys.executable, ROOT / "train.py", *TINY]
+    for flags in (["run", "--data", "secret.txt"], ["closed"], ["closed/run"]):
+        done = subprocess.run([*command, "--run-dir", *flags], capture_output=True, text=True)
+        assert done.returncode == 1 and "Permission denied" in done.stderr
+    assert os.listdir("closed") == []
+    monkeypatch.setattr(fcntl, "lockf", mock.Mock(side_effect=OSError(37, "no locks here")))
+    train_here("--run-dir", "unlocked", *SHORT)
+    assert read_json("unlocked/result.json")["steps"] == 5
+
+def test_commit_of_the_codes_own_folder_and_whether_it_was_clean(monkeypatch):
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     copy_code("o'neil")
-    git = ["git", "-C", "o'neil", "-c", "user.name=x", "-c", "user.email=x"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "add", "."], check=True)
-    subprocess.run([*git, "commit", "-qm", "x"], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    trained("--run-dir", "clean", *SHORT, script="o'neil/train.py")
-    assert json.loads(Path("clean/meta.json").read_text())["commit"] == head.stdout.strip()
-    with open("o'neil/train.py", "a") as f:
-        f.write("# edited\n")
-    trained("--run-dir", "dirty", *SHORT, script="o'neil/train.py")
-    meta = json.loads(Path("dirty/meta.json").read_text())
-    assert meta["commit"] == head.stdout.strip() + "-dirty"
+    monkeypatch.setattr("config.__file__", os.path.abspath("o'neil/config.py"))
 
+    def git(*words, folder="o'neil"):
+        command = ["git", "-C", folder, "-c", "user.name=x", "-c", "user.email=x", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-def test_the_code_that_ran_is_stored_though_it_is_edited_meanwhile():
-    copy_code()
-    before = Path("train.py").read_text()
-    process = start("--run-dir", "run", *SHORT, script="train.py")
-    wait_until(process, Path("run/lock").exists)  # its flags are read, torch is not yet imported
-    Path("train.py").write_text("an edit")
-    Path("config.py").write_text("an edit")
-    process.communicate()
-    assert process.returncode == 0
-    assert Path("run/train.py").read_text() == before
-    assert "class Config" in Path("run/config.py").read_text()
+    def commit(run_dir):
+        train_here("--run-dir", run_dir, *SHORT)
+        return read_json(run_dir, "meta.json")["commit"]
 
+    git("init", folder=".")  # another repository around it
+    git("commit", "--allow-empty", "-m", "x", folder=".")
+    assert "config.py" in commit("around") and git("rev-parse", "HEAD") not in commit("again")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    head = git("rev-parse", "HEAD")
+    assert commit("clean") == head
+    Path("o'neil/train.py").write_text("edited")
+    assert commit("dirty") == f"{head}-dirty"
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # as in another user's folder
+    assert "dubious ownership" in commit("refused")
 
-# terminals, locales, variables
-
-
-def in_a_terminal(command, columns, environment):
-    """What it prints to a terminal so wide."""
-    terminal, process_side = pty.openpty()
-    subprocess.run(["stty", "rows", "24", "cols", str(columns)], stdin=process_side, check=True)
-    process = subprocess.Popen(
-        command,
-        env=os.environ | environment,
-        stdin=process_side,
-        stdout=process_side,
-        stderr=process_side,
-    )
-    os.close(process_side)
-    output = b""
-    while True:
-        try:
-            data = os.read(terminal, 65536)
-        except OSError:  # how Linux says that it is closed
-            break
-        if not data:
-            break
-        output += data
-    os.close(terminal)
-    assert process.wait() == 0, output.decode(errors="replace")
-    return output
-
-
-def test_the_bar_at_80_columns_and_a_sample_of_control_characters():
-    # nothing is learned, so that the sample is of any bytes
-    flags = ["--run-dir", "run", "--lr", "1e-9", "--sample-tokens", "300"]
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, *flags]
-    environment = {"TQDM_MININTERVAL": "0", "PYTHONIOENCODING": "latin-1"}
-    output = in_a_terminal(command, 80, environment)
-    bar, _, rest = output.partition(b"\n")
-    bars = bar.decode("latin-1").split("\r")
-    assert any("loss 5.545, val_loss 5.545" in bar for bar in bars)
-    last = [bar for bar in bars if bar.strip()][-1]
-    assert "40/40" in last
-    assert "val_loss 5.545" in last
-    assert max(len(bar) for bar in bars) <= 80
-    for control in range(32):
-        if chr(control) not in "\t\r\n":
-            assert bytes([control]) not in rest
-    sample = Path("run/sample.txt").read_bytes().decode()
-    assert any(ord(c) < 9 for c in sample)  # the file has it as it is
-    assert b"\nval_loss: 5.545" in output
-
-
-def test_variables_left_in_the_shell(monkeypatch):
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setenv("CXX", "")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_PROJECT", "theirs")
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    place = TINY.index("--wandb")
-    flags = TINY[:place] + TINY[place + 2 :]
-    command = [sys.executable, ROOT / "train.py", *flags, "--run-dir", "run", "--steps", "5"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "step 0/5, loss" in done.stdout
-    assert "wandb offline: " in done.stdout
-    config = json.loads(Path("run/config.json").read_text())
-    assert config["wandb"] == "offline"
-    assert config["wandb_project"] == "theirs"
-
-    monkeypatch.setenv("WANDB_MODE", "dryrun")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    trained("--run-dir", "other", *SHORT)
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1")):
-        monkeypatch.setenv(name, value)
-        refused(train("--run-dir", "none"), "no launcher set RANK and WORLD_SIZE")
-
+def test_compile_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.path.abspath("cache"))
+    # as if this were a GPU, where auto compiles
+    script = edited(('(cfg.compile == "auto" and on_cuda)', '(cfg.compile == "auto")'))
+    auto = trained("--run-dir", "run", *SHORT, script=script)
+    assert "note: torch.compile fails here, so the run is slower: " in auto.out
+    assert read_json("run/meta.json")["compile"] is False
+    monkeypatch.setattr("torch.compile", mock.Mock(side_effect=RuntimeError("no compiler")))
+    on = run_here("--run-dir", "on", "--compile", "on", *SHORT)
+    refused(on, "torch.compile fails, add --compile off: no compiler")
 
 # wandb
 
+def test_wandb_offline_holds_config_and_history(monkeypatch):
+    # as a shell may have it
+    variables = dict(WANDB_DIR=os.getcwd(), WANDB_MODE="offline", WANDB_PROJECT="theirs")
+    variables |= dict(TQDM_DISABLE="1", CXX="", WORLD_SIZE="1", PYTHONIOENCODING="ascii")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    tiny = [flag for flag in TINY if flag not in ("--wandb", "disabled")]
+    command = [sys.executable, ROOT / "train.py", *tiny, "--run-dir", "run", "--wandb-group", "a-sweep"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    wait_until(process, lambda: has_rows("run", 3))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "note" not in done.stdout and "\nval_loss: " in done.stdout
+    steps, ids, there = {}, set(), {}
+    for log in sorted(Path("wandb").glob("offline-run-*/*.wandb")):
+        read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", log]  # its own reader
+        lines = subprocess.run(read, capture_output=True, check=True).stdout.splitlines()
+        for record in map(json.loads, lines):
+            if record["type"] == "run":
+                run = record["run"]
+                ids.add((run["run_id"], run["run_group"], run["project"], run["display_name"]))
+                there |= run["config"].get("update", {})
+            if record["type"] == "history":
+                row = record["history"]["item"]
+                steps[row["step"]] = row
+    ((id, *names),) = ids  # the resumed run goes on under its id
+    assert names == ["a-sweep", "theirs", "run"]
+    here = read_json("run/config.json")
+    assert here["wandb"] == "offline" and here.items() <= there.items()
+    for row in metrics("run"):
+        assert row.items() <= steps[row["step"]].items()
 
-def test_wandb_is_not_installed(monkeypatch):
-    Path("wandb.py").write_text("raise ModuleNotFoundError('No module named wandb')")
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    process = trained("--run-dir", "run", "--wandb", "offline", *SHORT)
-    assert "note: wandb failed, training goes on: No module named wandb" in process.out
-
-
-def test_wandbs_service_may_not_be_executed(monkeypatch):
-    Path("sitecustomize.py").write_text(
-        "import subprocess\n"
-        "start = subprocess.Popen.__init__\n"
-        "def refuse(self, args, *rest, **options):\n"
-        "    if 'wandb-core' in str(args):\n"
-        "        raise PermissionError(13, 'Permission denied', 'wandb-core')\n"
-        "    start(self, args, *rest, **options)\n"
-        "subprocess.Popen.__init__ = refuse\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    process = trained("--run-dir", "run", "--wandb", "offline", *SHORT)
-    assert "note: wandb failed, training goes on: [Errno 13]" in process.out
-
-
-def test_wandbs_disk_is_full(monkeypatch):
+def test_wandb_never_costs_a_run(monkeypatch):
+    offline = ["--wandb", "offline", "--run-dir"]
+    # its service dies
+    process = start(*offline, "dead", "--steps", 300)
+    wait_until(process, lambda: has_rows("dead", 3))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    _, err = process.communicate(timeout=100)
+    assert children and process.returncode == 0, err
+    assert read_json("dead/result.json")["steps"] == 300
+    # no server
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_API_KEY", "")
+        patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        done = trained("--run-dir", "online", "--wandb", "online", *SHORT)
+    assert "note: wandb failed, training goes on: " in done.out
+    assert read_json("online/result.json")["steps"] == 5
+    # not installed
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    done = train_here(*offline, "missing", *SHORT)
+    assert "note: wandb failed, training goes on: import of wandb halted" in done.out
+    assert read_json("missing/result.json")["steps"] == 5
+    # a full disk
     Path("disk").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "none", "disk"]
     if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode != 0:
         pytest.skip("a small disk is mounted by root alone, and not in every container")
     try:
         monkeypatch.setenv("WANDB_DIR", "disk")
-        trained("--run-dir", "run", "--wandb", "offline")
+        trained(*offline, "full")
         assert shutil.disk_usage("disk").free == 0
     finally:
         subprocess.run(["umount", "-l", "disk"], check=True)
-    assert Path("run/result.json").exists()
-
-
-def test_a_copied_run_directory_is_another_run_for_wandb():
-    flags = ["--wandb", "offline", *SHORT]
-    trained("--run-dir", "run", *flags)
-    Path("run/result.json").unlink()
-    shutil.copytree("run", "copy")
-    trained("--run-dir", "run", *flags)
-    trained("--run-dir", "copy", *flags)
-    ids = [path.name.rsplit("-", 1)[1] for path in sorted(Path("wandb").glob("offline-run-*"))]
-    assert len(ids) == 3
-    assert len(set(ids)) == 2
-
-
-# fields
-
-
-def test_fields_that_json_does_not_hold():
-    copy_code()
-    text = Path("config.py").read_text()
-    field = '    where: Path = Path("here")\n'
-    Path("config.py").write_text(text.replace("    # loop\n", f"    # loop\n{field}"))
-    refused(train("--run-dir", "run", script="train.py"), "cannot hold the field where")
-    field = '    target: float = float("nan")\n'
-    Path("config.py").write_text(text.replace("    # loop\n", f"    # loop\n{field}"))
-    trained("--run-dir", "run", *SHORT, script="train.py")
-    again = trained("--run-dir", "run", *SHORT, script="train.py")
-    assert "is finished" in again.out
-
-
-def test_a_seed_of_twenty_digits():
-    refused(train("--seed", 10**20), "seed must be 0 or more, and below", code=2)
+    assert read_json("full/result.json")["steps"] == 40
