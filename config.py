@@ -79,7 +79,7 @@ class Config(Record):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
 
-# Fields that make no other experiment: a run resumes with others.
+# Fields that make no other experiment.
 ASIDE = {"run_dir", "wandb", "wandb_project", "wandb_group", "log_every", "eval_every"}
 ASIDE |= {"sample_tokens", "device", "compile"}
 
@@ -192,13 +192,13 @@ class Run:
         self.signal, self.measures, self.clock = 0, {}, time.perf_counter()
         self.records = self.rank == 0 and not self.result
         self.tracks = self.records and self.cfg.wandb != "disabled"
+        if self.step > 0 and not self.result:
+            print(f"{self.dir} resumes at step {self.step}")
         bar = self.records and (self.notebook or sys.stderr and sys.stderr.isatty())
         self.bar = tqdm(initial=self.step, total=self.cfg.steps, disable=not bar)
         if self.result:
             return self.step
 
-        if self.step > 0:
-            print(f"{self.dir} resumes at step {self.step}")
         self.meta |= dict(
             data=data, start=self.step, command=shlex.join(["python", *sys.argv]),
             commit=commit(), python=sys.version.split()[0], torch=torch.__version__,

@@ -11,6 +11,10 @@ cfg, run = open_run(Config())
 # %%
 # imports
 import os
+
+# Threads spin this long, and no longer, while they wait: else a busy machine is slow.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import sys
 import zlib
 from pathlib import Path
@@ -84,8 +88,7 @@ def set_seed(*numbers):
 
 # %%
 # data: one long row of token ids, memory-mapped
-# Other cells need train_data, val_data, get_batch, train_offsets, val_offsets, tokens_per_step
-# and fingerprint.
+# The loop needs get_batch, train_data, train_offsets, tokens_per_step and fingerprint.
 def open_tokens(name):
     # The ids, (N,), of a .npy of any integers, a .bin, or else of a text's bytes.
     path = Path(name).expanduser()
@@ -213,8 +216,10 @@ def zero(layer):
     return layer
 
 class Block(nn.Module):
-    def __init__(self, C):
+    def __init__(self, cfg):
         super().__init__()
+        C = cfg.n_embd
+        self.n_head = cfg.n_head
         self.qkv = Linear(C, 3 * C, bias=False)
         self.attn_out = zero(Linear(C, C, bias=False))  # a block begins as the identity
         self.conv = nn.Parameter(torch.zeros(3, 1, C))
@@ -224,7 +229,7 @@ class Block(nn.Module):
 
     def attention(self, x, cos, sin):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, cfg.n_head, -1)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.unbind(2)  # (B, T, H, D)
         if x.device.type == "cpu":
             v = v.float()  # slow at attention in bfloat16
@@ -255,12 +260,13 @@ class Block(nn.Module):
         return x + self.down(h)
 
 class GPT(nn.Module):
-    def __init__(self, C):
+    def __init__(self, cfg):
         super().__init__()
+        C = cfg.n_embd
         assert C % (2 * cfg.n_head) == 0, "n_embd must be a multiple of twice n_head"
         self.embed = nn.Embedding(cfg.vocab_size, C)
         self.embed.weight.lr_scale = 4.0
-        self.blocks = nn.ModuleList(Block(C) for _ in range(cfg.n_layer))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.head = zero(Linear(C, cfg.vocab_size, bias=False))  # the first loss is ln(V)
         D = C // cfg.n_head
         share = torch.arange(0, D, 2) / D
@@ -272,7 +278,7 @@ class GPT(nn.Module):
 
     def forward(self, ids, targets=None):
         T = ids.size(1)
-        assert T <= cfg.seq_len, "more tokens than seq_len"
+        assert T <= len(self.cos), "more tokens than seq_len"
         x = norm(self.embed(ids))  # (B, T, C)
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
@@ -283,7 +289,7 @@ class GPT(nn.Module):
         targets = targets.flatten()
         return F.cross_entropy(logits, targets)  # mean, nats per token
 
-model = GPT(cfg.n_embd).to(device)
+model = GPT(cfg).to(device)
 if cfg.init_from and run.new:
     # The number of heads alone has no shape that would not fit.
     assert Config.load(cfg.init_from).n_head == cfg.n_head, "--init-from has another --n-head"
@@ -355,7 +361,7 @@ for p in model.parameters():
 groups = [dict(params=params, scale=scale) for scale, params in rest.items()]
 optimizers = []
 if cfg.optimizer == "muon":
-    print(f"Muon takes {len(matrices)} weights of nn.Linear in ModuleLists or Sequentials")
+    print(f"Muon takes {len(matrices)} matrices, AdamW the rest")
     defaults = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, beta=0.8)
     if matrices:
         optimizers.append(Muon(matrices, defaults))

@@ -42,6 +42,10 @@ cfg, run = open_run(Config())
 # %%
 # imports
 import os
+
+# Threads spin this long, and no longer, while they wait: else a busy machine is slow.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import sys
 import zlib
 from pathlib import Path
@@ -239,7 +243,7 @@ for p in model.parameters():
 groups = [dict(params=params, scale=scale) for scale, params in rest.items()]
 optimizers = []
 if cfg.optimizer == "muon":
-    print(f"Muon takes {len(matrices)} weights of nn.Linear in ModuleLists or Sequentials")
+    print(f"Muon takes {len(matrices)} matrices, AdamW the rest")
     defaults = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, beta=0.8)
     if matrices:
         optimizers.append(Muon(matrices, defaults))

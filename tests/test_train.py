@@ -274,7 +274,7 @@ def test_the_optimizers_cell_trains_any_model(layers):
     assert metrics("run")[-1]["val_loss"] < 5
     optimizers = done.variables["optimizers"]
     assert (len(optimizers) == 2) == LAYERS[layers]
-    assert ("Muon takes 0 weights" in done.out) == (not LAYERS[layers])
+    assert ("Muon takes 0 matrices" in done.out) == (not LAYERS[layers])
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trained = sum(len(group["params"]) for group in groups)
     assert trained == len(list(done.variables["model"].parameters()))
