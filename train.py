@@ -11,13 +11,13 @@ cfg, run = open_run(Config())
 # %%
 # imports
 import os
-
-# Threads spin this long, and no longer, while they wait: else a busy machine is slow.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import sys
 import zlib
 from pathlib import Path
+
+# Threads that wait spin for a while, not on: a machine may be busy.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ if on_cuda:
 
 dtype_name = cfg.dtype
 if cfg.dtype == "auto":
-    # A CPU without these instructions is many times slower in bfloat16 than in float32.
+    # Without these instructions a CPU is far slower in bfloat16 than in float32.
     has = torch.cpu.get_capabilities()
     fast_bfloat16 = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     if on_cuda:
@@ -58,7 +58,7 @@ if compiling:
     except Exception as error:
         if cfg.compile == "on":
             sys.exit(f"error: torch.compile fails, add --compile off: {error}")
-        print(f"note: torch.compile fails here, so the run is slower: {error}")
+        print(f"note: torch.compile fails, so the run is slower: {error}")
         compiling = False
 run.meta |= dict(device=device_name, dtype=dtype_name, compile=compiling)
 
@@ -103,14 +103,14 @@ def open_tokens(name):
             tokens = np.memmap(path, np.uint8, mode="r")
             # Ids of two bytes, and what is compressed, have a zero byte soon.
             if 0 in tokens[:1_000_000]:
-                raise ValueError("it is no plain text: unpack it, or save ids as .npy")
+                raise ValueError("no plain text: unpack it, or save ids as .npy")
     except Exception as error:
         sys.exit(f"error: cannot read {name} as token ids: {error}")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         sys.exit(f"error: {name} is {tokens.dtype} of shape {tokens.shape}, no row of token ids")
     if cfg.vocab_size > np.iinfo(tokens.dtype).max + 1:
         sys.exit(f"error: --vocab-size {cfg.vocab_size} is beyond the {tokens.dtype} of {name}")
-    # Most wrong sizes are seen here, in milliseconds; get_batch checks every id.
+    # Most wrong sizes are seen here, at once.
     check_ids(tokens[:10_000_000])
     return tokens
 
@@ -128,7 +128,7 @@ def open_bin(path):
         return np.memmap(path, wide[header[0]], mode="r", offset=1024, shape=header[2])
     tokens = np.memmap(path, np.uint16, mode="r")
     if tokens[1:2000:2].max(initial=0) < 16 < tokens[:2000:2].max(initial=0):
-        raise ValueError("every second uint16 is small: if the ids are wider, save them as .npy")
+        raise ValueError("ids wider than uint16: save them as .npy")
     return tokens
 
 def stdlib_source():
@@ -167,8 +167,8 @@ def get_batch(tokens, offsets):
     return ids[:, :-1], ids[:, 1:]
 
 def train_offsets(step):
-    # The windows of a step, (batch_size,), of all processes together. They depend on (seed, step)
-    # alone, so that a resumed run sees the same.
+    # The windows of a step, (batch_size,), of all processes. They depend on (seed, step) alone,
+    # so that a resumed run sees the same.
     rng = np.random.default_rng((cfg.seed, step))
     count = len(train_data) - cfg.seq_len
     return rng.integers(count, size=cfg.batch_size)
@@ -180,7 +180,7 @@ last_offset = len(val_data) - 1 - cfg.seq_len
 val_offsets = np.linspace(0, last_offset, n_windows).astype(np.int64)
 tokens_per_step = cfg.batch_size * cfg.seq_len
 
-# How a resumed run knows its data: the sizes, and a checksum of the ids, or of 10,000 of many.
+# How a resumed run knows its data: sizes, and checksums of the ids, or of 10,000 of many.
 fingerprint = [len(train_data), len(val_data)]
 for tokens in (train_data, val_data):
     if len(tokens) > 10_000_000:
@@ -191,8 +191,7 @@ for tokens in (train_data, val_data):
 # %%
 # model
 def norm(x):
-    # Without weights: the next matrix learns the scale. As good as RMSNorm, and one kernel on
-    # a CPU.
+    # without weights: as good as RMSNorm, and one kernel on a CPU
     return F.layer_norm(x, x.shape[-1:])
 
 def rotary(x, cos, sin):

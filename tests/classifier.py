@@ -42,13 +42,13 @@ cfg, run = open_run(Config())
 # %%
 # imports
 import os
-
-# Threads spin this long, and no longer, while they wait: else a busy machine is slow.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import sys
 import zlib
 from pathlib import Path
+
+# Threads that wait spin for a while, not on: a machine may be busy.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ if on_cuda:
 
 dtype_name = cfg.dtype
 if cfg.dtype == "auto":
-    # A CPU without these instructions is many times slower in bfloat16 than in float32.
+    # Without these instructions a CPU is far slower in bfloat16 than in float32.
     has = torch.cpu.get_capabilities()
     fast_bfloat16 = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     if on_cuda:
@@ -89,7 +89,7 @@ if compiling:
     except Exception as error:
         if cfg.compile == "on":
             sys.exit(f"error: torch.compile fails, add --compile off: {error}")
-        print(f"note: torch.compile fails here, so the run is slower: {error}")
+        print(f"note: torch.compile fails, so the run is slower: {error}")
         compiling = False
 run.meta |= dict(device=device_name, dtype=dtype_name, compile=compiling)
 

@@ -25,7 +25,6 @@ from test_train import (  # noqa: F401 (workdir is a fixture)
 FLAGS = "--steps 60 --eval-every 5 --log-every 1 --noise 0.05 --dtype float32".split()
 FLAGS += ["--device", "cpu", "--wandb", "disabled"]
 
-
 @pytest.fixture
 def mine(workdir):  # noqa: F811
     """mine.py beside config.py, without any data."""
@@ -33,18 +32,15 @@ def mine(workdir):  # noqa: F811
     shutil.copy(ROOT / "tests/classifier.py", "mine.py")
     Path("data.txt").unlink()
 
-
 def start(*flags, launcher=()):
     command = [sys.executable, *launcher, "mine.py", *FLAGS, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
 
 def train(*flags, code=0, **options):
     process = start(*flags, **options)
     out, _ = process.communicate(timeout=200)
     assert process.returncode == code, out
     return out
-
 
 def test_it_is_four_hunks_and_each_of_its_fields_is_read():
     script = (ROOT / "train.py").read_text()
@@ -59,7 +55,6 @@ def test_it_is_four_hunks_and_each_of_its_fields_is_read():
         if line.startswith("    ") and ": " in line and " = " in line:
             name = line.split(":")[0].strip()
             assert f"cfg.{name}" in text + record, name
-
 
 def test_it_trains_resumes_exactly_and_equals_itself_in_two_processes(mine):
     help_text = train("--help")
@@ -88,7 +83,6 @@ def test_it_trains_resumes_exactly_and_equals_itself_in_two_processes(mine):
     for row, other in zip(metrics("two"), metrics("one"), strict=True):
         # rounding, which training amplifies, and which moves some of the 2,000 points
         assert row == pytest.approx(other, rel=1e-3, abs=4e-3)
-
 
 def test_its_notebook_form_and_a_sweep_and_its_figure_by_edits_of_first_lines(mine, monkeypatch):
     fields = "steps=60, eval_every=5, log_every=1, noise=0.05, dtype='float32', wandb='disabled'"

@@ -117,8 +117,8 @@ def test_the_same_ids_in_every_kind_of_file(monkeypatch):
     assert not Path("~").exists()
 
 BAD_DATA = [
-    ("wide.bin", IDS.astype(np.uint32), "every second uint16 is small"),
-    ("wider.bin", (IDS * 640).astype(np.uint32), "every second uint16 is small"),
+    ("wide.bin", IDS.astype(np.uint32), "ids wider than uint16"),
+    ("wider.bin", (IDS * 640).astype(np.uint32), "ids wider than uint16"),
     ("large.bin", IDS.astype(np.uint16) + 100, "token id 299 in the data, beyond --vocab-size 256"),
     ("negative.npy", -IDS, "token id -199 in the data"),
     ("floats.npy", IDS * 1.0, "floats.npy is float64 of shape (20000,)"),
@@ -126,8 +126,8 @@ BAD_DATA = [
     ("cut.bin", SAME["GPT2.BIN"][:-100], "cannot read cut.bin"),
     ("odd.bin", b"x" * 10001, "cannot read odd.bin"),
     ("text.npy", None, "cannot read text.npy"),
-    ("text.gz", gzip.compress(b"some text" * 1000), "it is no plain text"),
-    ("utf-16.txt", ("some text" * 1000).encode("utf-16"), "it is no plain text"),
+    ("text.gz", gzip.compress(b"some text" * 1000), "no plain text"),
+    ("utf-16.txt", ("some text" * 1000).encode("utf-16"), "no plain text"),
     ("empty.txt", b"", "cannot read empty.txt"),
     ("short.txt", b"x" * 100, "too few tokens for --seq-len 32"),
     ("data.txt/none", None, "cannot read data.txt/none"),
@@ -212,7 +212,7 @@ def test_compile_without_a_compiler(monkeypatch):
     # as if this were a GPU, where auto compiles
     script = edited(('(cfg.compile == "auto" and on_cuda)', '(cfg.compile == "auto")'))
     auto = trained("--run-dir", "run", *SHORT, script=script)
-    assert "note: torch.compile fails here, so the run is slower: " in auto.out
+    assert "note: torch.compile fails, so the run is slower: " in auto.out
     assert read_json("run/meta.json")["compile"] is False
     monkeypatch.setattr("torch.compile", mock.Mock(side_effect=RuntimeError("no compiler")))
     on = run_here("--run-dir", "on", "--compile", "on", *SHORT)

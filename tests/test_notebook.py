@@ -43,17 +43,14 @@ seconds = 5.0
 measures = {"foo": 1.0}
 """
 
-
 def code_cells():
     notebook = nbformat.read(ROOT / "train.ipynb", 4)
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-
 
 def find(cells, text):
     """The only cell with this text in it."""
     (index,) = [i for i, source in enumerate(cells) if text in source]
     return index
-
 
 def cells_of(run_dir):
     """The cells of a tiny run in this directory."""
@@ -65,12 +62,10 @@ def cells_of(run_dir):
     cells[config] = cells[config].replace("Config()", f"Config(**{values})")
     return cells
 
-
 def fails(cell, old="", new=""):
     """The cell, edited; it may raise."""
     assert old in cell
     return "# fails\n" + cell.replace(old, new)
-
 
 def execute(sources):
     """Run these cells in a kernel, those that begin with `# fails` may raise; return its output."""
@@ -89,7 +84,6 @@ def execute(sources):
     assert done.returncode == 0, done.stderr
     return str(nbformat.read("cells.ipynb", 4))
 
-
 def test_notebook_is_the_script_and_shows_a_run():
     def cells(notebook):
         return [(cell.cell_type, cell.source.strip()) for cell in notebook.cells]
@@ -101,7 +95,6 @@ def test_notebook_is_the_script_and_shows_a_run():
         for output in cell.get("outputs", []):
             figures += "image/png" in output.get("data", {})
     assert figures == 1
-
 
 def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     cells = code_cells()
@@ -172,7 +165,6 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     assert metrics("again") == metrics("one")
     assert Path("three/code/1/config.py").read_bytes() == (ROOT / "config.py").read_bytes()
 
-
 def test_resumed_in_a_new_kernel_and_by_the_script_and_opened_untouched():
     cells = cells_of("run")
     loop = find(cells, "for step in range(begun")
@@ -187,7 +179,6 @@ def test_resumed_in_a_new_kernel_and_by_the_script_and_opened_untouched():
     printed = execute([*cells, "print(evaluate())"])
     assert f"{metrics('run')[-1]['val_loss']:.5g} recorded" in printed
     assert files("run") == before
-
 
 # Whatever starts the kernel, sets __file__ or leaves flags: a cell is of no file.
 @pytest.mark.parametrize(
@@ -212,7 +203,6 @@ def test_every_front_end_is_a_notebook(names, monkeypatch):
     assert variables["run"].notebook
     assert json.loads(Path("run/meta.json").read_text())["script"] == "notebook.py"
     assert len(metrics("run")) == 3
-
 
 def test_ipython_runs_the_script_with_its_flags():
     command = [sys.executable, "-m", "IPython", str(ROOT / "train.py"), "--", *TINY, "--steps", "2"]

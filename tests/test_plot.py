@@ -15,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-
 def run(name, final=None, until=20, y="val_loss", tokens="tokens", code="a", meta=None, **config):
     """A run directory as train.py leaves it: finished, unfinished, or diverged without `final`."""
     folder = Path("runs", name)
@@ -45,7 +44,6 @@ def run(name, final=None, until=20, y="val_loss", tokens="tokens", code="a", met
         (folder / "result.json").write_text(json.dumps(result))
     return folder
 
-
 def draw(**first_cell):
     """The cells in this process: what they print, the rows of the table, the second axis."""
     plt.switch_backend("Agg")
@@ -62,10 +60,8 @@ def draw(**first_cell):
     table = [" ".join(map(str, row)) for row in rows]
     return printed.getvalue(), table, names["axis"]
 
-
 def crosses(axis):
     return axis.collections[-1].get_offsets().data[:, 0].tolist()
-
 
 def execute(probe="", **first_cell):
     """Run all, as a reader would: what the cells print, the table, how many figures there are."""
@@ -90,12 +86,10 @@ def execute(probe="", **first_cell):
                 table = [line.split() for line in data["text/plain"].splitlines()]
     return text, table, figures
 
-
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)
-
 
 def test_a_sweep_as_a_reader_runs_it():
     for seed in [1, 2]:
@@ -109,7 +103,6 @@ def test_a_sweep_as_a_reader_runs_it():
     ]
     for name in ["curves.png", "curves.pdf", "summary.png", "summary.pdf"]:
         assert Path("runs", name).stat().st_size > 5000
-
 
 def test_what_is_not_drawn_is_named_and_the_rest_drawn():
     for seed in [1, 2]:
@@ -135,7 +128,6 @@ def test_what_is_not_drawn_is_named_and_the_rest_drawn():
     assert crosses(axis) == pytest.approx([0.1])
     assert axis.lines[-1].get_xydata().tolist() == [[0.03, 1.2]]  # the ring
 
-
 def test_nothing_finished_is_a_line_and_no_second_figure():
     run("going", 2.5, until=9, tokens="samples")
     text, table, axis = draw(y="val_loss")
@@ -144,7 +136,6 @@ def test_nothing_finished_is_a_line_and_no_second_figure():
     for cell in [dict(y="val_los"), dict(x="lrr"), dict(folder="rnus")]:
         with pytest.raises(SystemExit, match="error: "):
             draw(**cell)
-
 
 def test_the_measure_is_the_results_first_and_fields_are_in_order():
     for clip, accuracy in [(None, 0.6), ("auto", 0.5), (10, 0.9), (2.0, 0.8)]:
@@ -159,7 +150,6 @@ def test_the_measure_is_the_results_first_and_fields_are_in_order():
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["2", "10", "auto", "None"]
     assert [text.get_text() for text in axis.get_legend().texts] == ["True", "None"]
 
-
 def test_zero_stands_apart_from_decades_and_a_measure_is_an_axis():
     for beta in [0, 0.1, 1, 10]:
         run(f"{beta}", 1.5 + beta / 10, beta=beta, size=int(beta), code=f"{beta > 0}")
@@ -169,7 +159,6 @@ def test_zero_stands_apart_from_decades_and_a_measure_is_an_axis():
     text, table, axis = draw(x="l0", hue="meta.code")
     assert [float(row.split()[0]) for row in table] == [15, 15.1, 16, 25]
     assert axis.get_xlabel() == "l0" and len(table) == 4
-
 
 def test_other_code_and_data_are_a_line_each():
     run("one", 1.5, code="a = 1")
