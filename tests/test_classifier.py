@@ -1,5 +1,4 @@
 """tests/classifier.py, another kind of experiment, goes the whole way; it is few hunks of train.py."""
-
 import difflib
 import json
 import os
@@ -12,15 +11,8 @@ import jupytext
 import pytest
 from test_notebook import execute as execute_cells
 from test_plot import execute as execute_plot
-from test_train import (  # noqa: F401 (workdir is a fixture)
-    ROOT,
-    TWO_PROCESSES,
-    has_rows,
-    kill,
-    metrics,
-    wait_until,
-    workdir,
-)
+from test_train import ROOT, TWO_PROCESSES, has_rows, kill, metrics, wait_until
+from test_train import workdir  # noqa: F401 (a fixture)
 
 FLAGS = "--steps 60 --eval-every 5 --log-every 1 --noise 0.05 --dtype float32".split()
 FLAGS += ["--device", "cpu", "--wandb", "disabled"]

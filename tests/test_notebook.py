@@ -1,5 +1,4 @@
 """train.ipynb: the cells of train.py, in a kernel of Jupyter, with the detours that people take."""
-
 import json
 import os
 import subprocess
@@ -9,15 +8,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from test_train import (  # noqa: F401 (workdir is a fixture)
-    ROOT,
-    TINY,
-    copy_code,
-    files,
-    metrics,
-    trained,
-    workdir,
-)
+from test_train import ROOT, TINY, copy_code, files, metrics, trained, workdir  # noqa: F401
 
 # as if Ctrl-C came in the first step
 INTERRUPT = """
@@ -78,9 +69,8 @@ def execute(sources):
     nbformat.write(notebook, "cells.ipynb")
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for config.py
-    done = subprocess.run(
-        [*command, "cells.ipynb"], capture_output=True, text=True, env=environment
-    )
+    command.append("cells.ipynb")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return str(nbformat.read("cells.ipynb", 4))
 

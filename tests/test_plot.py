@@ -1,5 +1,4 @@
 """plot.ipynb over run directories of every kind."""
-
 import contextlib
 import io
 import json
