@@ -69,7 +69,7 @@ def execute(sources):
     nbformat.write(notebook, "cells.ipynb")
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for config.py
-    command.append("cells.ipynb")
+    command += ["cells.ipynb"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return str(nbformat.read("cells.ipynb", 4))
@@ -177,7 +177,7 @@ def test_resumed_in_a_new_kernel_and_by_the_script_and_opened_untouched():
         dict(file="<ipython-input-1-0>", argv=["colab_kernel_launcher.py", "-f", "x.json"]),
         dict(file="/tmp/ipykernel_1/2.py", argv=["-m", "--f=x.json"], name="exp.py"),  # VS Code
         dict(file="<input>", argv=["", "1", "2"], name="/opt/pycharm/pydevconsole.py"),
-        dict(file="<stdin>", argv=[""]),  # pasted into python
+        dict(file="<stdin>", argv=[""]),  # python
         dict(file="/tmp/ipykernel_7/3.py", argv=["positron_language_server.py", "--port=1"]),
     ],
 )
@@ -187,8 +187,8 @@ def test_every_front_end_is_a_notebook(names, monkeypatch):
     if "name" in names:
         variables["__file__"] = names["name"]
     cells = cells_of("run")
-    short = cells[0].replace("'steps': 40", "'steps': 2")
-    for source in [short, *cells[1:-1]]:
+    cells[0] = cells[0].replace("'steps': 40", "'steps': 2")
+    for source in cells[:-1]:
         exec(compile(source, names["file"], "exec"), variables)
     assert variables["run"].notebook
     assert json.loads(Path("run/meta.json").read_text())["script"] == "notebook.py"

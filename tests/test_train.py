@@ -222,9 +222,9 @@ from dataclasses import dataclass
 @dataclass
 class Config(Config):
     clip: float | None = None
-    n_head: int = 0  # computed
+    width: int = 0  # computed
     def __post_init__(self):
-        self.n_head = self.n_embd // 8
+        self.width = self.width or 4 * self.n_embd
 """
 
 def test_fields_of_ones_own_computed_ones_and_a_config_that_is_edited_too_late():
@@ -233,7 +233,7 @@ def test_fields_of_ones_own_computed_ones_and_a_config_that_is_edited_too_late()
     flags = ["--n-embd", 48, "--run-dir", "run", *SHORT]
     train_here(*flags, script=script)
     record = read_json("run/config.json")
-    assert (record["n_head"], record["clip"]) == (6, None)
+    assert (record["width"], record["clip"]) == (192, None)
     Path("run/result.json").unlink()
     assert "resumes at step 5" in train_here(*flags, script=script).out
     late = edited(("# imports\n", "# imports\ncfg.n_layer = 2\n"))
@@ -242,7 +242,7 @@ def test_fields_of_ones_own_computed_ones_and_a_config_that_is_edited_too_late()
 
 # The layers of a model in place of GPT, and whether Muon finds a matrix.
 SMALL = """class GPT(nn.Module):
-    def __init__(self, C):
+    def __init__(self, cfg, C=32):
         super().__init__()
         LAYERS
 
@@ -422,11 +422,13 @@ def test_init_from_another_run(whole, monkeypatch):
     train_here(*flags)
     rows = metrics("run")
     assert rows[0]["val_loss"] == metrics(whole.run_dir)[-1]["val_loss"]
-    # killed before its first checkpoint, it begins with those weights again; after it, not
+    # killed before its first checkpoint, it begins with those weights again
     Path("run/result.json").unlink()
     Path("run/checkpoint.pt").unlink()
     broken_here(7, *flags)
-    train_here(*flags)
+    with monkeypatch.context() as patch:
+        patch.setenv("HOME", "/nowhere")  # after it they are not needed
+        train_here(*flags)
     assert metrics("run") == rows
     with pytest.raises(AssertionError, match="--init-from has another --n-head"):
         run_here(flags[0], "--run-dir", "heads", "--n-head", 4)
