@@ -77,7 +77,7 @@ class Config(Record):
     seed: int = 1337  # of weights, batches and sample
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on CUDA
 
 # Fields that make no other experiment.
 ASIDE = {"run_dir", "wandb", "wandb_project", "wandb_group", "log_every", "eval_every"}

@@ -40,7 +40,7 @@ if on_cuda:
 
 dtype_name = cfg.dtype
 if cfg.dtype == "auto":
-    # Without these instructions a CPU is far slower in bfloat16 than in float32.
+    # Without these instructions a CPU is far slower in bfloat16.
     has = torch.cpu.get_capabilities()
     fast_bfloat16 = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     if on_cuda:
@@ -50,9 +50,11 @@ if cfg.dtype == "auto":
     dtype_name = run.meta.get("dtype", dtype_name)
 matmul_dtype = getattr(torch, dtype_name)
 
-compiling = cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)
+# A short run does not win back the half minute of compiling.
+pays = on_cuda and cfg.steps * cfg.batch_size > 20_000
+compiling = cfg.compile == "on" or (cfg.compile == "auto" and pays)
 if compiling:
-    # Something tiny first: without a C++ compiler it should fail here, not in the loop.
+    # Something tiny first: without a C++ compiler it fails here, not in the loop.
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
     except Exception as error:
@@ -83,7 +85,7 @@ def all_reduce(x):
     return x
 
 def set_seed(*numbers):
-    # What is random in the model, such as dropout, is so the same in a resumed run.
+    # What is random in the model, as dropout is, is the same in a resumed run.
     torch.manual_seed(zlib.crc32(str(numbers).encode()))
 
 # %%
@@ -132,7 +134,7 @@ def open_bin(path):
     return tokens
 
 def stdlib_source():
-    # Python's standard library, without its tests and tables: text on every machine
+    # Python's standard library, without tests and tables: text on every machine
     leave_out = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
     files = []
     for folder, subfolders, names in os.walk(Path(os.__file__).parent):
@@ -390,7 +392,7 @@ def evaluate():
     model.train()
     return dict(val_loss=all_reduce(total) / len(val_offsets))
 
-# All that is saved is handed over here, by name. In a notebook this cell may run again.
+# All that is saved, by name. In a notebook this cell may run again.
 begun = run.resume(data=fingerprint, model=model, optimizers=optimizers)
 for step in range(begun, cfg.steps + 1):
     row = dict(step=step, tokens=step * tokens_per_step, lr=lr_at(step))
@@ -410,7 +412,7 @@ for step in range(begun, cfg.steps + 1):
     train_loss = torch.zeros((), device=device)
     pieces = micro_batches(train_offsets(step))
     for i, offsets in enumerate(pieces):
-        # Processes exchange gradients once a step, after the last micro-batch, and average them.
+        # Processes average their gradients after the last micro-batch.
         if run.world_size > 1:
             train_model.require_backward_grad_sync = i == len(pieces) - 1
         batch = get_batch(train_data, offsets)
@@ -437,7 +439,7 @@ if run.rank == 0 and cfg.sample_tokens > 0:
     for _ in range(cfg.sample_tokens):
         with torch.no_grad():
             logits = model(ids[:, -cfg.seq_len :])[0, -1]  # (V,)
-        probabilities = F.softmax(logits / 0.8, dim=-1)  # temperature 0.8
+        probabilities = F.softmax(logits / 0.9, dim=-1)  # temperature 0.9
         next_id = torch.multinomial(probabilities, 1)
         ids = torch.cat((ids, next_id[None]), dim=1)
     sample = ids[0, 1:].tolist()
@@ -445,7 +447,7 @@ if run.rank == 0 and cfg.sample_tokens > 0:
         sample = bytes(sample).decode(errors="replace")
     sample = str(sample)
     run.write("sample.txt", sample.encode())
-    # An untrained model may write control characters, which a terminal would obey.
+    # A terminal would obey control characters.
     for character in set(sample) - {"\n", "\t"}:
         if not character.isprintable():
             sample = sample.replace(character, "?")

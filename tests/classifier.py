@@ -35,7 +35,7 @@ class Config(Record):
     seed: int = 1337  # of weights and batches
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on CUDA
 
 cfg, run = open_run(Config())
 
@@ -71,7 +71,7 @@ if on_cuda:
 
 dtype_name = cfg.dtype
 if cfg.dtype == "auto":
-    # Without these instructions a CPU is far slower in bfloat16 than in float32.
+    # Without these instructions a CPU is far slower in bfloat16.
     has = torch.cpu.get_capabilities()
     fast_bfloat16 = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     if on_cuda:
@@ -81,9 +81,11 @@ if cfg.dtype == "auto":
     dtype_name = run.meta.get("dtype", dtype_name)
 matmul_dtype = getattr(torch, dtype_name)
 
-compiling = cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)
+# A short run does not win back the half minute of compiling.
+pays = on_cuda and cfg.steps * cfg.batch_size > 20_000
+compiling = cfg.compile == "on" or (cfg.compile == "auto" and pays)
 if compiling:
-    # Something tiny first: without a C++ compiler it should fail here, not in the loop.
+    # Something tiny first: without a C++ compiler it fails here, not in the loop.
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
     except Exception as error:
@@ -114,7 +116,7 @@ def all_reduce(x):
     return x
 
 def set_seed(*numbers):
-    # What is random in the model, such as dropout, is so the same in a resumed run.
+    # What is random in the model, as dropout is, is the same in a resumed run.
     torch.manual_seed(zlib.crc32(str(numbers).encode()))
 
 # %%
@@ -276,7 +278,7 @@ def evaluate():
     accuracy, val_loss = all_reduce(total) / len(val_offsets)
     return dict(accuracy=accuracy, val_loss=val_loss)
 
-# All that is saved is handed over here, by name. In a notebook this cell may run again.
+# All that is saved, by name. In a notebook this cell may run again.
 begun = run.resume(data=fingerprint, model=model, optimizers=optimizers)
 for step in range(begun, cfg.steps + 1):
     row = dict(step=step, points=step * tokens_per_step, lr=lr_at(step))
@@ -296,7 +298,7 @@ for step in range(begun, cfg.steps + 1):
     train_loss = torch.zeros((), device=device)
     pieces = micro_batches(train_offsets(step))
     for i, offsets in enumerate(pieces):
-        # Processes exchange gradients once a step, after the last micro-batch, and average them.
+        # Processes average their gradients after the last micro-batch.
         if run.world_size > 1:
             train_model.require_backward_grad_sync = i == len(pieces) - 1
         batch = get_batch(train_data, offsets)
