@@ -102,9 +102,9 @@ def open_run(defaults):
         for name in made_by_cells:
             caller.f_globals.pop(name, None)
     else:
-        if sys.stdout:
-            sys.stdout.write = quiet(sys.stdout.write)
-            sys.stdout.flush = quiet(sys.stdout.flush)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.write = quiet(stream.write)
+            stream.flush = quiet(stream.flush)
         kind = type(defaults)  # without default=, __post_init__ computes from the flags
         cfg = tyro.cli(kind) if defaults == kind() else tyro.cli(kind, default=defaults)
     opens = cells is not None or cfg.run_dir == defaults.run_dir != ""
