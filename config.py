@@ -178,7 +178,6 @@ class Run:
                     if not weights.issuperset(group["params"]):
                         sys.exit(f"error: {name} is of another model: run its cell again")
 
-        # A notebook's loop may go on.
         saved = dict(step=0, seconds=0.0, rows="")
         path = self.dir / "checkpoint.pt"
         if path.exists():
@@ -189,7 +188,8 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
         self.step, self.seconds = saved["step"], saved["seconds"]
-        self.signal, self.measures, self.clock = 0, {}, time.perf_counter()
+        self.signal = self.stop = 0  # that came, and agreed on
+        self.measures, self.clock = {}, time.perf_counter()
         self.records = self.rank == 0 and not self.result
         self.tracks = self.records and self.cfg.wandb != "disabled"
         if self.step > 0 and not self.result:
@@ -222,9 +222,9 @@ class Run:
         seen = torch.tensor([self.signal, self.step, -self.step])
         if self.world_size > 1:
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-        self.signal, most, least = seen.tolist()
+        self.stop, most, least = seen.tolist()
         assert most == -least, "the processes see other checkpoints: are their disks one?"
-        return self.signal > 0
+        return self.stop > 0
 
     def save(self, row, measures):
         """Writes the state before the row's step, and puts the measures into the row: numbers, the
@@ -241,11 +241,11 @@ class Run:
             buffer = io.BytesIO()
             torch.save(checkpoint, buffer)
             self.write("checkpoint.pt", buffer.getvalue())
-        if self.signal:
+        if self.stop:
             self.bar.close()
             self._track("finish")
             print(f"saved at step {self.step}; again with --run-dir {self.cfg.run_dir} to go on")
-            sys.exit(128 + self.signal if self.rank == 0 else 0)
+            sys.exit(128 + self.stop if self.rank == 0 else 0)
         self.clock = time.perf_counter()
 
     def log(self, row, train_loss=None):
