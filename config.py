@@ -188,7 +188,7 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
         self.step, self.seconds = saved["step"], saved["seconds"]
-        self.signal = self.stop = 0  # that came, and agreed on
+        self.signal = self.stop = 0  # that came; agreed on
         self.measures, self.clock = {}, time.perf_counter()
         self.records = self.rank == 0 and not self.result
         self.tracks = self.records and self.cfg.wandb != "disabled"
@@ -234,8 +234,8 @@ class Run:
         row |= self.measures
         if not math.isfinite(next(iter(self.measures.values()))):
             self.log(row, math.nan)
-        checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
         if self.records:
+            checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
             rows = (self.dir / "metrics.jsonl").read_text()
             checkpoint["run"] = dict(step=self.step, seconds=self.seconds, rows=rows)
             buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""tests/classifier.py, another kind of experiment, goes the whole way; it is few hunks of train.py."""
+"""tests/classifier.py, another kind of experiment, goes the whole way."""
 import difflib
 import json
 import os
