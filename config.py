@@ -1,6 +1,6 @@
-"""Config: every flag, a line each, its comment the --help. Run: the record."""
-import contextlib
+"""Config: every flag, its comment the --help. Run: the record."""
 import fcntl
+import gc
 import io
 import json
 import math
@@ -14,17 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait spin a while
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import tyro
 from tqdm import tqdm
 
 @dataclass
 class Record:
-    """What Run reads: the base of any experiment's Config."""
+    """What Run reads: a base for any Config."""
 
     run_dir: str = ""  # its folder; empty: runs/<start time>
     wandb: str = os.environ.get("WANDB_MODE") or "offline"  # or online, disabled
     wandb_project: str = os.environ.get("WANDB_PROJECT") or "gpt"
-    wandb_group: str = ""  # such as a sweep's name
+    wandb_group: str = ""  # as a sweep's name
     steps: int = 250  # optimizer steps
     log_every: int = 10  # steps between rows of metrics.jsonl
     eval_every: int = 50  # steps between evaluations, and checkpoints
@@ -51,6 +54,8 @@ class Config(Record):
     # data
     data: str = "stdlib"  # a text, ids (.npy, .bin), or stdlib: Python's source
     val_data: str = ""  # empty: the last tenth of --data
+    eval_tokens: int = 32768  # of the validation data
+    sample_tokens: int = 256  # written at the end
     vocab_size: int = 256  # 256 for bytes, 50304 for GPT-2's tokens
     seq_len: int = 128  # tokens in a training window
     batch_size: int = 32  # sequences in a step, over all processes
@@ -60,7 +65,7 @@ class Config(Record):
     n_layer: int = 4  # transformer blocks
     n_head: int = 2  # attention heads
     n_embd: int = 128  # width of the residual stream
-    init_from: str = ""  # run directory whose weights it begins with
+    init_from: str = ""  # run whose weights it begins with
 
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # of the hidden matrices
@@ -68,10 +73,6 @@ class Config(Record):
     weight_decay: float = 0.1  # of the hidden matrices
     warmup: int = 0  # steps until its peak
     cooldown: float = 0.5  # final fraction, in which lr falls to 0
-
-    # evaluation
-    eval_tokens: int = 32768  # of the validation data
-    sample_tokens: int = 256  # written at the end
 
     # machine
     seed: int = 1337  # of weights, batches and sample
@@ -83,7 +84,7 @@ class Config(Record):
 ASIDE = {"run_dir", "wandb", "wandb_project", "wandb_group", "log_every", "eval_every"}
 ASIDE |= {"sample_tokens", "device", "compile"}
 
-own_source = Path(__file__).read_bytes()  # as it is imported
+own_source = Path(__file__).read_bytes()  # as imported
 made_by_cells = {"device", "fingerprint"}  # and the names that run.resume is handed
 
 def open_run(defaults):
@@ -105,7 +106,8 @@ def open_run(defaults):
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.write = quiet(stream.write)
             stream.flush = quiet(stream.flush)
-        kind = type(defaults)  # without default=, __post_init__ computes from the flags
+        gc.disable()  # quick imports, a quick exit
+        kind = type(defaults)  # without default= __post_init__ sees the flags
         cfg = tyro.cli(kind) if defaults == kind() else tyro.cli(kind, default=defaults)
     opens = cells is not None or cfg.run_dir == defaults.run_dir != ""
     cfg.run_dir = cfg.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
@@ -113,10 +115,12 @@ def open_run(defaults):
     return cfg, Run(cfg, script, cells, opens)
 
 def quiet(function):
-    # Nothing shown ends a run: its reader may be gone.
+    # Its reader may be gone: that ends no run.
     def tried(*args):
-        with contextlib.suppress(OSError, UnicodeError):
+        try:
             return function(*args)
+        except (OSError, UnicodeError):
+            pass
     return tried
 
 class Run:
@@ -132,7 +136,7 @@ class Run:
         self.code = {"config.py": own_source}
         self.notebook = cells is not None
         if self.notebook:
-            self.cells, self.first_cell = cells, len(cells) - 1
+            self.cells, self.first = cells, len(cells) - 1
         else:
             self.code[script.name] = script.read_bytes()
 
@@ -167,6 +171,9 @@ class Run:
         global torch
         import torch
 
+        if not self.notebook:
+            gc.freeze()
+            gc.enable()
         made_by_cells.update(state)
         self.parts, weights = {}, set()
         for name, value in state.items():
@@ -202,16 +209,16 @@ class Run:
         self.meta |= dict(
             data=data, start=self.step, command=shlex.join(["python", *sys.argv]),
             commit=commit(), python=sys.version.split()[0], torch=torch.__version__,
-        )  # fmt: skip
+        )
         self.write("config.json", asdict(self.cfg))
         self.write("meta.json", self.meta)
         self.write("metrics.jsonl", saved["rows"].encode())
         self._write_code()
         self._track(
             "init", id=f"{self.meta['began']:.6f}", resume="allow", mode=self.cfg.wandb,
-            project=self.cfg.wandb_project, group=self.cfg.wandb_group or None,
+            project=self.cfg.wandb_project, group=self.cfg.wandb_group,
             name=self.dir.name, config=asdict(self.cfg), settings=dict(silent=True, console="off"),
-        )  # fmt: skip
+        )
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, lambda number, _: setattr(self, "signal", number))
@@ -223,12 +230,12 @@ class Run:
         if self.world_size > 1:
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
         self.stop, most, least = seen.tolist()
-        assert most == -least, "the processes see other checkpoints: are their disks one?"
+        assert most == -least, "they see other checkpoints: is the disk shared?"
         return self.stop > 0
 
     def save(self, row, measures):
-        """Writes the state before the row's step, and puts the measures into the row: numbers, the
-        first of them finite, or the run ends unsaved."""
+        """Writes the state before the row's step. The measures, numbers, go into the row; if the
+        first is not finite, the run ends unsaved."""
         self.step = row["step"]
         self.measures = {name: float(value) for name, value in measures.items()}
         row |= self.measures
@@ -250,7 +257,7 @@ class Run:
 
     def log(self, row, train_loss=None):
         """Writes and shows the row, in its turn or with measures; ends the run if the loss is not
-        finite. Training is timed from the end of `save` or `log` to the next `log`."""
+        finite. Training is what passes from `save` or `log` to `log`."""
         if train_loss is not None:
             row["train_loss"] = float(train_loss)  # waits for the GPU
             self.seconds += time.perf_counter() - self.clock
@@ -274,7 +281,6 @@ class Run:
             sys.exit(f"error: not finite at step {step}: {text}; try a lower --lr")
 
     def _track(self, function, *args, **options):
-        # whatever is wrong with wandb, training goes on
         try:
             if self.tracks:
                 import wandb
@@ -297,7 +303,7 @@ class Run:
 
     def _write_code(self):
         if self.notebook:
-            cells = "\n\n# %%\n".join(self.cells[self.first_cell :])
+            cells = "\n\n# %%\n".join(self.cells[self.first :])
             self.code["notebook.py"] = cells.encode()
         for name, source in self.code.items():
             self.write(f"code/{self.meta['start']}/{name}", source)
@@ -336,16 +342,15 @@ def compare(run_dir, there, here):
 
 def lock(run_dir):
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT)  # until it ends
+    file = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"error: {run_dir} is in use by another process")
     except OSError:
-        pass  # a disk without locks
+        pass  # no locks
 
 def finite(values):
-    # else JSON's null
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 def read_json(folder, name):

@@ -15,10 +15,6 @@ import sys
 import zlib
 from pathlib import Path
 
-# Threads that wait spin for a while, not on: a machine may be busy.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -50,33 +46,27 @@ if cfg.dtype == "auto":
     dtype_name = run.meta.get("dtype", dtype_name)
 matmul_dtype = getattr(torch, dtype_name)
 
+compiling = cfg.compile == "on"
 # A short run does not win back the half minute of compiling.
-pays = on_cuda and cfg.steps * cfg.batch_size > 20_000
-compiling = cfg.compile == "on" or (cfg.compile == "auto" and pays)
-if compiling:
+if cfg.compile == "auto" and on_cuda and cfg.steps * cfg.batch_size > 20_000:
     # Something tiny first: without a C++ compiler it fails here, not in the loop.
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
+        compiling = True
     except Exception as error:
-        if cfg.compile == "on":
-            sys.exit(f"error: torch.compile fails, add --compile off: {error}")
         print(f"note: torch.compile fails, so the run is slower: {error}")
-        compiling = False
 run.meta |= dict(device=device_name, dtype=dtype_name, compile=compiling)
 
 torch.manual_seed(cfg.seed)
 if run.world_size > 1:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-if cfg.batch_size < run.world_size:
-    sys.exit(f"error: --batch-size {cfg.batch_size} is below the {run.world_size} processes")
+assert cfg.batch_size >= run.world_size, "--batch-size is below the number of processes"
 
 def micro_batches(samples):
     # This process's share of them, in pieces.
-    shares = np.array_split(samples, run.world_size)
-    share = shares[run.rank]
+    share = np.array_split(samples, run.world_size)[run.rank]
     size = cfg.micro_batch_size or cfg.batch_size // run.world_size
-    starts = range(0, len(share), size)
-    return [share[i : i + size] for i in starts]
+    return [share[i : i + size] for i in range(0, len(share), size)]
 
 def all_reduce(x):
     # The sum over the processes.
@@ -129,7 +119,9 @@ def open_bin(path):
     if len(header) == 256 and header[0] in wide:
         return np.memmap(path, wide[header[0]], mode="r", offset=1024, shape=header[2])
     tokens = np.memmap(path, np.uint16, mode="r")
-    if tokens[1:2000:2].max(initial=0) < 16 < tokens[:2000:2].max(initial=0):
+    low = tokens[:2000:2]
+    high = tokens[1:2000:2]
+    if high.max(initial=0) < 16 < low.max(initial=0):
         raise ValueError("ids wider than uint16: save them as .npy")
     return tokens
 
@@ -153,12 +145,14 @@ else:
     cut = len(train_data) * 9 // 10
     val_data = train_data[cut:]
     train_data = train_data[:cut]
-if min(len(train_data), len(val_data)) <= cfg.seq_len:
+shorter = min(len(train_data), len(val_data))
+if shorter <= cfg.seq_len:
     sys.exit(f"error: {cfg.data} has too few tokens for --seq-len {cfg.seq_len}")
 
 def get_batch(tokens, offsets):
     # inputs and targets, both (B, T), of the windows that begin at `offsets` (B,)
-    places = offsets[:, None] + np.arange(cfg.seq_len + 1)
+    window = np.arange(cfg.seq_len + 1)
+    places = offsets[:, None] + window
     ids = tokens[places]  # (B, T + 1)
     check_ids(ids)
     ids = torch.from_numpy(ids.astype(np.int64))
@@ -166,7 +160,9 @@ def get_batch(tokens, offsets):
     if on_cuda:
         ids = ids.pin_memory()
     ids = ids.to(device, non_blocking=on_cuda)
-    return ids[:, :-1], ids[:, 1:]
+    inputs = ids[:, :-1]
+    targets = ids[:, 1:]
+    return inputs, targets
 
 def train_offsets(step):
     # The windows of a step, (batch_size,), of all processes. They depend on (seed, step) alone,
@@ -177,9 +173,11 @@ def train_offsets(step):
 
 # Validation is always of the same windows, evenly spread.
 n_windows = max(cfg.eval_tokens // cfg.seq_len, 1)
-n_windows = min(n_windows, (len(val_data) - 1) // cfg.seq_len)
+most = (len(val_data) - 1) // cfg.seq_len
+n_windows = min(n_windows, most)
 last_offset = len(val_data) - 1 - cfg.seq_len
-val_offsets = np.linspace(0, last_offset, n_windows).astype(np.int64)
+val_offsets = np.linspace(0, last_offset, n_windows)
+val_offsets = val_offsets.astype(np.int64)
 tokens_per_step = cfg.batch_size * cfg.seq_len
 
 # How a resumed run knows its data: sizes, and checksums of the ids, or of 10,000 of many.
@@ -295,12 +293,8 @@ if cfg.init_from and run.new:
     # The number of heads alone has no shape that would not fit.
     assert Config.load(cfg.init_from).n_head == cfg.n_head, "--init-from has another --n-head"
     path = Path(cfg.init_from).expanduser() / "checkpoint.pt"
-    model.load_state_dict(torch.load(path, "cpu", weights_only=False)["model"])
-train_model = model  # the same weights, as the loop calls them
-if compiling:
-    train_model = torch.compile(train_model, dynamic=False)
-if run.world_size > 1:
-    train_model = nn.parallel.DistributedDataParallel(train_model)
+    checkpoint = torch.load(path, "cpu", weights_only=False)
+    model.load_state_dict(checkpoint["model"])
 
 # %%
 # optimizers
@@ -343,18 +337,13 @@ def orthogonal(x):
     return x.float()
 
 # Muon takes the hidden matrices: the weights of each nn.Linear in a ModuleList or Sequential.
-hidden = set()
-for stack in model.modules():
-    if isinstance(stack, (nn.ModuleList, nn.Sequential)):
-        for layer in stack.modules():
-            if isinstance(layer, nn.Linear):
-                hidden.add(layer.weight)
-matrices = []
+stacks = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+layers = [m for stack in stacks for m in stack.modules() if isinstance(m, nn.Linear)]
+hidden = {layer.weight for layer in layers}
+matrices = [p for p in model.parameters() if p in hidden]
 rest = {}  # the others by their lr_scale, which a layer gives to weights of another rate
 for p in model.parameters():
-    if p in hidden:
-        matrices.append(p)
-    else:
+    if p not in hidden:
         scale = getattr(p, "lr_scale", 1.0)
         rest.setdefault(scale, []).append(p)
 
@@ -381,6 +370,12 @@ def lr_at(step):
 
 # %%
 # loop
+train_model = model  # the same weights, as the loop calls them
+if compiling:
+    train_model = torch.compile(train_model, dynamic=False)
+if run.world_size > 1:
+    train_model = nn.parallel.DistributedDataParallel(train_model)
+
 @torch.no_grad()
 def evaluate():
     # Measures by name, first the one that matters. The processes share the work.
@@ -435,10 +430,12 @@ if run.world_size > 1:
 # a sample: what the model writes
 if run.rank == 0 and cfg.sample_tokens > 0:
     torch.manual_seed(cfg.seed)
-    ids = torch.tensor([[int(val_data[0])]], device=device)  # (1, T)
+    first = int(val_data[0])
+    ids = torch.tensor([[first]], device=device)  # (1, T)
     for _ in range(cfg.sample_tokens):
         with torch.no_grad():
-            logits = model(ids[:, -cfg.seq_len :])[0, -1]  # (V,)
+            window = ids[:, -cfg.seq_len :]
+            logits = model(window)[0, -1]  # (V,)
         probabilities = F.softmax(logits / 0.9, dim=-1)  # temperature 0.9
         next_id = torch.multinomial(probabilities, 1)
         ids = torch.cat((ids, next_id[None]), dim=1)

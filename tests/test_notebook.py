@@ -89,6 +89,7 @@ def test_notebook_is_the_script_and_shows_a_run():
 def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     cells = code_cells()
     config = find(cells, "open_run(Config())")
+    device = find(cells, "device_name = cfg.device")
     model = find(cells, "class GPT")
     optimizers = find(cells, "class Muon")
     loop = find(cells, "for step in range(begun")
@@ -119,6 +120,7 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
         + four[loop:]
         # the config cell, and then one below, without those between
         + [cells_of("five")[config], fails(four[loop]), fails(four[model])]
+        + [four[device], four[model], four[optimizers], fails(four[loop])]
         # a run that is not trained to its end; a field that is set too late
         + cells_of("six")[:loop]
         + [INTERRUPT, fails(cells[loop]), fails(cells[result])]
@@ -139,8 +141,8 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     assert os.listdir("five") == ["lock"]
     assert not Path("six/result.json").exists()
     assert "error: optimizers is of another model: run its cell again" in printed
-    assert "name 'fingerprint' is not defined" in printed
-    assert "name 'device' is not defined" in printed
+    for name in ("model", "device", "fingerprint"):
+        assert f"name '{name}' is not defined" in printed
     assert "error: steps are left: run the loop" in printed
     assert "write Config(n_layer=3) in the config cell" in printed
     value = metrics("one")[-1]["val_loss"]
