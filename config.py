@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait spin a while
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads spin less
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import tyro
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from tqdm import tqdm
 class Record:
     """What Run reads: a base for any Config."""
 
-    run_dir: str = ""  # its folder; empty: runs/<start time>
+    run_dir: str = ""  # empty: runs/<start time>
     wandb: str = os.environ.get("WANDB_MODE") or "offline"  # or online, disabled
     wandb_project: str = os.environ.get("WANDB_PROJECT") or "gpt"
     wandb_group: str = ""  # as a sweep's name
@@ -71,8 +71,8 @@ class Config(Record):
     optimizer: Literal["muon", "adamw"] = "muon"  # of the hidden matrices
     lr: float = 1.5e-2  # peak learning rate
     weight_decay: float = 0.1  # of the hidden matrices
-    warmup: int = 0  # steps until its peak
-    cooldown: float = 0.5  # final fraction, in which lr falls to 0
+    warmup: int = 0  # steps until lr's peak
+    cooldown: float = 0.5  # final fraction of steps: lr falls to 0
 
     # machine
     seed: int = 1337  # of weights, batches and sample
@@ -85,7 +85,7 @@ ASIDE = {"run_dir", "wandb", "wandb_project", "wandb_group", "log_every", "eval_
 ASIDE |= {"sample_tokens", "device", "compile"}
 
 own_source = Path(__file__).read_bytes()  # as imported
-made_by_cells = {"device", "fingerprint"}  # and the names that run.resume is handed
+made_by_cells = {"device", "fingerprint"}  # and what run.resume is handed
 
 def open_run(defaults):
     """The flags over `defaults`, and the record of the run that they name: (cfg, run).
@@ -96,7 +96,7 @@ def open_run(defaults):
     caller = sys._getframe(1)
     script = Path(caller.f_code.co_filename)
     cfg, cells = defaults, None
-    # A script is of the file that its globals name, a notebook's cells are not.
+    # A script's code is of the file that __file__ names, a notebook's cells are not.
     if script.name != Path(caller.f_globals.get("__file__") or "none").name:
         script = Path("notebook.py")
         cells = caller.f_globals.get("In", [""])
@@ -106,7 +106,7 @@ def open_run(defaults):
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.write = quiet(stream.write)
             stream.flush = quiet(stream.flush)
-        gc.disable()  # quick imports, a quick exit
+        gc.disable()  # quick imports and exit
         kind = type(defaults)  # without default= __post_init__ sees the flags
         cfg = tyro.cli(kind) if defaults == kind() else tyro.cli(kind, default=defaults)
     opens = cells is not None or cfg.run_dir == defaults.run_dir != ""
@@ -132,7 +132,7 @@ class Run:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ["RANK"]) if self.world_size > 1 else 0
         if self.rank > 0:
-            sys.stdout = open(os.devnull, "w")  # one process speaks
+            sys.stdout = open(os.devnull, "w")
         self.code = {"config.py": own_source}
         self.notebook = cells is not None
         if self.notebook:
@@ -195,7 +195,7 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
         self.step, self.seconds = saved["step"], saved["seconds"]
-        self.signal = self.stop = 0  # that came; agreed on
+        self.signal = self.stop = 0  # came; agreed on
         self.measures, self.clock = {}, time.perf_counter()
         self.records = self.rank == 0 and not self.result
         self.tracks = self.records and self.cfg.wandb != "disabled"
@@ -238,6 +238,7 @@ class Run:
         first is not finite, the run ends unsaved."""
         self.step = row["step"]
         self.measures = {name: float(value) for name, value in measures.items()}
+        assert not self.measures.keys() & {*row, "train_loss", "seconds"}
         row |= self.measures
         if not math.isfinite(next(iter(self.measures.values()))):
             self.log(row, math.nan)
@@ -291,7 +292,7 @@ class Run:
             print(f"note: wandb failed, training goes on: {error}")
 
     def write(self, name, content):
-        """Puts bytes, or what JSON holds, into a file of the run, always whole."""
+        """Puts bytes, or JSON, into a file of the run, always whole."""
         if not self.records:
             return
         if not isinstance(content, bytes):
@@ -348,7 +349,7 @@ def lock(run_dir):
     except BlockingIOError:
         sys.exit(f"error: {run_dir} is in use by another process")
     except OSError:
-        pass  # no locks
+        pass
 
 def finite(values):
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

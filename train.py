@@ -9,7 +9,7 @@ from config import Config, open_run
 cfg, run = open_run(Config())
 
 # %%
-# imports
+# imports, after the flags: --help is quick
 import os
 import sys
 import zlib
@@ -65,7 +65,7 @@ assert cfg.batch_size >= run.world_size, "--batch-size is below the number of pr
 def micro_batches(samples):
     # This process's share of them, in pieces.
     share = np.array_split(samples, run.world_size)[run.rank]
-    size = cfg.micro_batch_size or cfg.batch_size // run.world_size
+    size = cfg.micro_batch_size or -(-cfg.batch_size // run.world_size)  # rounded up
     return [share[i : i + size] for i in range(0, len(share), size)]
 
 def all_reduce(x):
@@ -75,12 +75,13 @@ def all_reduce(x):
     return x
 
 def set_seed(*numbers):
-    # What is random in the model, as dropout is, is the same in a resumed run.
+    # Dropout and the like draw the same numbers in a resumed run.
     torch.manual_seed(zlib.crc32(str(numbers).encode()))
 
 # %%
 # data: one long row of token ids, memory-mapped
-# The loop needs get_batch, train_data, train_offsets, tokens_per_step and fingerprint.
+# The cells below need train_data, val_data, get_batch, train_offsets, val_offsets,
+# tokens_per_step and fingerprint.
 def open_tokens(name):
     # The ids, (N,), of a .npy of any integers, a .bin, or else of a text's bytes.
     path = Path(name).expanduser()
@@ -96,28 +97,27 @@ def open_tokens(name):
             # Ids of two bytes, and what is compressed, have a zero byte soon.
             if 0 in tokens[:1_000_000]:
                 raise ValueError("no plain text: unpack it, or save ids as .npy")
-    except Exception as error:
+    except (OSError, ValueError, EOFError) as error:
         sys.exit(f"error: cannot read {name} as token ids: {error}")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         sys.exit(f"error: {name} is {tokens.dtype} of shape {tokens.shape}, no row of token ids")
     if cfg.vocab_size > np.iinfo(tokens.dtype).max + 1:
         sys.exit(f"error: --vocab-size {cfg.vocab_size} is beyond the {tokens.dtype} of {name}")
-    # Most wrong sizes are seen here, at once.
     check_ids(tokens[:10_000_000])
     return tokens
 
 def check_ids(ids):
-    for id in (ids.max(initial=0), ids.min(initial=0)):
-        if not 0 <= id < cfg.vocab_size:
-            sys.exit(f"error: token id {id} in the data, beyond --vocab-size {cfg.vocab_size}")
+    for value in (ids.max(initial=0), ids.min(initial=0)):
+        if not 0 <= value < cfg.vocab_size:
+            sys.exit(f"error: token id {value} in the data, beyond --vocab-size {cfg.vocab_size}")
 
 def open_bin(path):
     # llm.c and modded-nanogpt begin with 256 int32: a number for the format, a version, how many
     # ids. nanoGPT's files are bare uint16.
     header = np.fromfile(path, np.int32, count=256)
-    wide = {20240520: np.uint16, 20240801: np.uint32}
-    if len(header) == 256 and header[0] in wide:
-        return np.memmap(path, wide[header[0]], mode="r", offset=1024, shape=header[2])
+    dtypes = {20240520: np.uint16, 20240801: np.uint32}
+    if len(header) == 256 and header[0] in dtypes:
+        return np.memmap(path, dtypes[header[0]], mode="r", offset=1024, shape=header[2])
     tokens = np.memmap(path, np.uint16, mode="r")
     low = tokens[:2000:2]
     high = tokens[1:2000:2]
@@ -126,7 +126,7 @@ def open_bin(path):
     return tokens
 
 def stdlib_source():
-    # Python's standard library, without tests and tables: text on every machine
+    # Python's standard library without most tests and tables
     leave_out = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
     files = []
     for folder, subfolders, names in os.walk(Path(os.__file__).parent):
@@ -147,16 +147,16 @@ else:
     train_data = train_data[:cut]
 shorter = min(len(train_data), len(val_data))
 if shorter <= cfg.seq_len:
-    sys.exit(f"error: {cfg.data} has too few tokens for --seq-len {cfg.seq_len}")
+    sys.exit(f"error: {shorter} tokens of data are too few for --seq-len {cfg.seq_len}")
 
 def get_batch(tokens, offsets):
     # inputs and targets, both (B, T), of the windows that begin at `offsets` (B,)
     window = np.arange(cfg.seq_len + 1)
-    places = offsets[:, None] + window
-    ids = tokens[places]  # (B, T + 1)
+    indices = offsets[:, None] + window
+    ids = tokens[indices]  # (B, T + 1)
     check_ids(ids)
     ids = torch.from_numpy(ids.astype(np.int64))
-    # On CUDA a copy from pinned memory goes on beside the computation.
+    # From pinned memory the copy overlaps with computation.
     if on_cuda:
         ids = ids.pin_memory()
     ids = ids.to(device, non_blocking=on_cuda)
@@ -173,29 +173,28 @@ def train_offsets(step):
 
 # Validation is always of the same windows, evenly spread.
 n_windows = max(cfg.eval_tokens // cfg.seq_len, 1)
-most = (len(val_data) - 1) // cfg.seq_len
-n_windows = min(n_windows, most)
+max_windows = (len(val_data) - 1) // cfg.seq_len
+n_windows = min(n_windows, max_windows)
 last_offset = len(val_data) - 1 - cfg.seq_len
-val_offsets = np.linspace(0, last_offset, n_windows)
-val_offsets = val_offsets.astype(np.int64)
+val_offsets = np.linspace(0, last_offset, n_windows, dtype=np.int64)
 tokens_per_step = cfg.batch_size * cfg.seq_len
 
-# How a resumed run knows its data: sizes, and checksums of the ids, or of 10,000 of many.
+# A resumed run knows its data by sizes and checksums: of all ids, or of 10,000 of many.
 fingerprint = [len(train_data), len(val_data)]
 for tokens in (train_data, val_data):
     if len(tokens) > 10_000_000:
-        some = np.random.default_rng(0).integers(len(tokens), size=10_000)
-        tokens = tokens[np.sort(some)]
+        indices = np.random.default_rng(0).integers(len(tokens), size=10_000)
+        tokens = tokens[np.sort(indices)]
     fingerprint.append(zlib.crc32(tokens.tobytes()))
 
 # %%
 # model
 def norm(x):
-    # without weights: as good as RMSNorm, and one kernel on a CPU
+    # LayerNorm without weights: as good as RMSNorm, and one kernel on a CPU
     return F.layer_norm(x, x.shape[-1:])
 
 def rotary(x, cos, sin):
-    # rotary positions (Su et al., 2021): pairs of channels turn by angles that grow with T
+    # Rotary positions (Su et al., 2021): pairs of channels turn by angles that grow with position.
     a, b = x.chunk(2, dim=-1)  # (B, T, H, D / 2)
     turned_a = a * cos + b * sin
     turned_b = b * cos - a * sin
@@ -210,7 +209,6 @@ class Linear(nn.Linear):
         return F.linear(x.to(matmul_dtype), self.weight.to(matmul_dtype), bias)
 
 def zero(layer):
-    # the layer, its weights at zero
     nn.init.zeros_(layer.weight)
     return layer
 
@@ -221,7 +219,7 @@ class Block(nn.Module):
         self.n_head = cfg.n_head
         self.qkv = Linear(C, 3 * C, bias=False)
         self.attn_out = zero(Linear(C, C, bias=False))  # a block begins as the identity
-        self.conv = nn.Parameter(torch.zeros(3, 1, C))
+        self.conv = nn.Parameter(torch.zeros(3, C))
         self.conv.lr_scale = 4.0  # it learns best at a higher rate
         self.up = Linear(C, 4 * C, bias=False)
         self.down = zero(Linear(4 * C, C, bias=False))
@@ -231,8 +229,8 @@ class Block(nn.Module):
         qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.unbind(2)  # (B, T, H, D)
         if x.device.type == "cpu":
-            v = v.float()  # slow at attention in bfloat16
-        # QK-norm (Henry et al., 2020) keeps training stable at a high learning rate.
+            v = v.float()  # a CPU is slow at attention in bfloat16
+        # QK-norm (Dehghani et al., 2023) keeps training stable at a high learning rate.
         q = rotary(norm(q), cos, sin)
         k = rotary(norm(k), cos, sin)
         q = q.transpose(1, 2).to(v.dtype)  # (B, H, T, D)
@@ -268,8 +266,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.head = zero(Linear(C, cfg.vocab_size, bias=False))  # the first loss is ln(V)
         D = C // cfg.n_head
-        share = torch.arange(0, D, 2) / D
-        frequency = 10000.0**-share  # (D / 2,)
+        exponent = torch.arange(0, D, 2) / D
+        frequency = 10000.0**-exponent  # (D / 2,)
         positions = torch.arange(cfg.seq_len)
         angle = torch.outer(positions, frequency)[:, None]  # (T, 1, D / 2)
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -286,11 +284,12 @@ class GPT(nn.Module):
             return logits
         logits = logits.flatten(0, 1)  # (B * T, V)
         targets = targets.flatten()
-        return F.cross_entropy(logits, targets)  # mean, nats per token
+        # The mean, nats per token. A term of training alone: under `if self.training`.
+        return F.cross_entropy(logits, targets)
 
 model = GPT(cfg).to(device)
 if cfg.init_from and run.new:
-    # The number of heads alone has no shape that would not fit.
+    # Another number of heads would fit the shapes of the weights.
     assert Config.load(cfg.init_from).n_head == cfg.n_head, "--init-from has another --n-head"
     path = Path(cfg.init_from).expanduser() / "checkpoint.pt"
     checkpoint = torch.load(path, "cpu", weights_only=False)
@@ -311,11 +310,12 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 1 - beta)
-                p.grad.lerp_(momentum, beta)  # Nesterov's momentum
             # All matrices of one shape are orthogonalized as one batch.
             for shape in sorted({p.shape for p in params}):
                 batch = [p for p in params if p.shape == shape]
-                updates = orthogonal(torch.stack([p.grad for p in batch]))
+                # Nesterov's momentum
+                looks_ahead = [p.grad.lerp(self.state[p]["momentum"], beta) for p in batch]
+                updates = orthogonal(torch.stack(looks_ahead))
                 # An update gets an RMS of 0.2, about that of AdamW's (Liu et al., 2025).
                 size = 0.2 * max(shape) ** 0.5
                 for p, update in zip(batch, updates):
@@ -347,7 +347,7 @@ for p in model.parameters():
         scale = getattr(p, "lr_scale", 1.0)
         rest.setdefault(scale, []).append(p)
 
-# Each group learns at its scale times lr_at(step). The constants are the best of a few tried.
+# Each group learns at its scale times lr_at(step). Scales and betas: the best of a few tried.
 groups = [dict(params=params, scale=scale) for scale, params in rest.items()]
 optimizers = []
 if cfg.optimizer == "muon":
@@ -358,8 +358,9 @@ if cfg.optimizer == "muon":
 else:
     assert cfg.optimizer == "adamw"
     groups.append(dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay))
-adamw = torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)
-optimizers.append(adamw)
+if groups:
+    adamw = torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)
+    optimizers.append(adamw)
 
 def lr_at(step):
     # warmup, stable, decay (Hu et al., 2024)
@@ -370,7 +371,7 @@ def lr_at(step):
 
 # %%
 # loop
-train_model = model  # the same weights, as the loop calls them
+train_model = model  # the same weights, compiled or in DDP for the training steps
 if compiling:
     train_model = torch.compile(train_model, dynamic=False)
 if run.world_size > 1:
@@ -378,7 +379,7 @@ if run.world_size > 1:
 
 @torch.no_grad()
 def evaluate():
-    # Measures by name, first the one that matters. The processes share the work.
+    # Measures by new names, first the one that matters. The processes share the work.
     model.eval()
     total = torch.zeros((), device=device)
     for offsets in micro_batches(val_offsets):
@@ -411,7 +412,7 @@ for step in range(begun, cfg.steps + 1):
         if run.world_size > 1:
             train_model.require_backward_grad_sync = i == len(pieces) - 1
         batch = get_batch(train_data, offsets)
-        weight = len(offsets) * run.world_size / cfg.batch_size
+        weight = len(offsets) * run.world_size / cfg.batch_size  # DDP divides by world_size
         loss = train_model(*batch) * weight
         loss.backward()
         train_loss += loss.detach()
@@ -445,10 +446,8 @@ if run.rank == 0 and cfg.sample_tokens > 0:
     sample = str(sample)
     run.write("sample.txt", sample.encode())
     # A terminal would obey control characters.
-    for character in set(sample) - {"\n", "\t"}:
-        if not character.isprintable():
-            sample = sample.replace(character, "?")
-    print(sample)
+    shown = [c if c.isprintable() or c in "\n\t" else "?" for c in sample]
+    print("".join(shown))
 
 # %%
 # the result

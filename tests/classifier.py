@@ -28,8 +28,8 @@ class Config(Record):
     optimizer: Literal["muon", "adamw"] = "muon"  # of the hidden matrices
     lr: float = 1e-2  # peak learning rate
     weight_decay: float = 0.1  # of the hidden matrices
-    warmup: int = 0  # steps until its peak
-    cooldown: float = 0.5  # final fraction, in which lr falls to 0
+    warmup: int = 0  # steps until lr's peak
+    cooldown: float = 0.5  # final fraction of steps: lr falls to 0
 
     # machine
     seed: int = 1337  # of weights and batches
@@ -40,7 +40,7 @@ class Config(Record):
 cfg, run = open_run(Config())
 
 # %%
-# imports
+# imports, after the flags: --help is quick
 import os
 import sys
 import zlib
@@ -96,7 +96,7 @@ assert cfg.batch_size >= run.world_size, "--batch-size is below the number of pr
 def micro_batches(samples):
     # This process's share of them, in pieces.
     share = np.array_split(samples, run.world_size)[run.rank]
-    size = cfg.micro_batch_size or cfg.batch_size // run.world_size
+    size = cfg.micro_batch_size or -(-cfg.batch_size // run.world_size)  # rounded up
     return [share[i : i + size] for i in range(0, len(share), size)]
 
 def all_reduce(x):
@@ -106,7 +106,7 @@ def all_reduce(x):
     return x
 
 def set_seed(*numbers):
-    # What is random in the model, as dropout is, is the same in a resumed run.
+    # Dropout and the like draw the same numbers in a resumed run.
     torch.manual_seed(zlib.crc32(str(numbers).encode()))
 
 # %%
@@ -185,11 +185,12 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 1 - beta)
-                p.grad.lerp_(momentum, beta)  # Nesterov's momentum
             # All matrices of one shape are orthogonalized as one batch.
             for shape in sorted({p.shape for p in params}):
                 batch = [p for p in params if p.shape == shape]
-                updates = orthogonal(torch.stack([p.grad for p in batch]))
+                # Nesterov's momentum
+                looks_ahead = [p.grad.lerp(self.state[p]["momentum"], beta) for p in batch]
+                updates = orthogonal(torch.stack(looks_ahead))
                 # An update gets an RMS of 0.2, about that of AdamW's (Liu et al., 2025).
                 size = 0.2 * max(shape) ** 0.5
                 for p, update in zip(batch, updates):
@@ -221,7 +222,7 @@ for p in model.parameters():
         scale = getattr(p, "lr_scale", 1.0)
         rest.setdefault(scale, []).append(p)
 
-# Each group learns at its scale times lr_at(step). The constants are the best of a few tried.
+# Each group learns at its scale times lr_at(step). Scales and betas: the best of a few tried.
 groups = [dict(params=params, scale=scale) for scale, params in rest.items()]
 optimizers = []
 if cfg.optimizer == "muon":
@@ -232,8 +233,9 @@ if cfg.optimizer == "muon":
 else:
     assert cfg.optimizer == "adamw"
     groups.append(dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay))
-adamw = torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)
-optimizers.append(adamw)
+if groups:
+    adamw = torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)
+    optimizers.append(adamw)
 
 def lr_at(step):
     # warmup, stable, decay (Hu et al., 2024)
@@ -244,7 +246,7 @@ def lr_at(step):
 
 # %%
 # loop
-train_model = model  # the same weights, as the loop calls them
+train_model = model  # the same weights, compiled or in DDP for the training steps
 if compiling:
     train_model = torch.compile(train_model, dynamic=False)
 if run.world_size > 1:
@@ -252,7 +254,7 @@ if run.world_size > 1:
 
 @torch.no_grad()
 def evaluate():
-    # Measures by name, first the one that matters. The processes share the work.
+    # Measures by new names, first the one that matters. The processes share the work.
     model.eval()
     total = torch.zeros(2, device=device)
     for places in micro_batches(val_offsets):
@@ -288,7 +290,7 @@ for step in range(begun, cfg.steps + 1):
         if run.world_size > 1:
             train_model.require_backward_grad_sync = i == len(pieces) - 1
         batch = get_batch(train_data, offsets)
-        weight = len(offsets) * run.world_size / cfg.batch_size
+        weight = len(offsets) * run.world_size / cfg.batch_size  # DDP divides by world_size
         loss = train_model(*batch) * weight
         loss.backward()
         train_loss += loss.detach()

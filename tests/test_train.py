@@ -236,11 +236,11 @@ def test_fields_of_ones_own_computed_ones_and_a_config_that_is_edited_too_late()
     assert (record["width"], record["clip"]) == (192, None)
     Path("run/result.json").unlink()
     assert "resumes at step 5" in train_here(*flags, script=script).out
-    late = edited(("# imports\n", "# imports\ncfg.n_layer = 2\n"))
+    late = edited(("# imports, after the flags: --help is quick\n", "# imports\ncfg.n_layer = 2\n"))
     with pytest.raises(AttributeError, match=r"write Config\(n_layer=2\) in the config cell"):
         run_here("--run-dir", "late", script=late)
 
-# The layers of a model in place of GPT, and whether Muon finds a matrix.
+# The layers of a model in place of GPT, and what trains it.
 SMALL = """class GPT(nn.Module):
     def __init__(self, cfg, C=32):
         super().__init__()
@@ -254,12 +254,15 @@ SMALL = """class GPT(nn.Module):
 LAYERS = {
     "self.symbols = nn.Embedding(256, C);"
     "self.hidden = nn.Sequential(nn.Conv1d(C, C, 1), nn.GELU(), nn.Conv1d(C, C, 1));"
-    "self.head = nn.Linear(C, 256)": False,
+    "self.head = nn.Linear(C, 256)": ["AdamW"],
     "self.symbols = lambda ids: F.one_hot(ids, 256).float();"
     "self.hidden = nn.Identity();"
     "self.bias = nn.Parameter(torch.zeros(256));"
-    "self.head = lambda x: 0 * x + self.bias": False,
-    "tied": True,
+    "self.head = lambda x: 0 * x + self.bias": ["AdamW"],
+    "self.symbols = lambda ids: F.one_hot(ids, 256).float().mT;"
+    "self.hidden = nn.Sequential(nn.Linear(256, 256, bias=False));"
+    "self.head = lambda x: x.mT": ["Muon"],
+    "tied": ["Muon", "AdamW"],
 }
 
 @pytest.mark.parametrize("layers", LAYERS)
@@ -271,10 +274,10 @@ def test_the_optimizers_cell_trains_any_model(layers):
     if layers == "tied":
         change = (head, f"{head}        self.head.weight = self.embed.weight\n")
     done = train_here("--run-dir", "run", "--sample-tokens", 0, script=edited(change))
-    assert metrics("run")[-1]["val_loss"] < 5
+    assert metrics("run")[-1]["val_loss"] < 5.3
     optimizers = done.variables["optimizers"]
-    assert (len(optimizers) == 2) == LAYERS[layers]
-    assert ("Muon takes 0 matrices" in done.out) == (not LAYERS[layers])
+    assert [type(optimizer).__name__ for optimizer in optimizers] == LAYERS[layers]
+    assert ("Muon takes 0 matrices" in done.out) == ("Muon" not in LAYERS[layers])
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trained = sum(len(group["params"]) for group in groups)
     assert trained == len(list(done.variables["model"].parameters()))
