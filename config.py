@@ -26,11 +26,11 @@ class Record:
 
     run_dir: str = ""  # empty: runs/<start time>
     wandb: str = os.environ.get("WANDB_MODE") or "offline"  # or online, disabled
-    wandb_project: str = os.environ.get("WANDB_PROJECT") or "gpt"
+    wandb_project: str = os.environ.get("WANDB_PROJECT") or Path.cwd().name
     wandb_group: str = ""  # as a sweep's name
-    steps: int = 250  # optimizer steps
+    steps: int = 250  # of the loop
     log_every: int = 10  # steps between rows of metrics.jsonl
-    eval_every: int = 50  # steps between evaluations, and checkpoints
+    eval_every: int = 50  # steps between evaluations and checkpoints
 
     def __post_init__(self):
         for name in ("lr", "steps", "log_every", "eval_every", "batch_size"):
@@ -56,7 +56,7 @@ class Config(Record):
     val_data: str = ""  # empty: the last tenth of --data
     eval_tokens: int = 32768  # of the validation data
     sample_tokens: int = 256  # written at the end
-    vocab_size: int = 256  # 256 for bytes, 50304 for GPT-2's tokens
+    vocab_size: int = 256  # 256: bytes; 50304: GPT-2's tokens
     seq_len: int = 128  # tokens in a training window
     batch_size: int = 32  # sequences in a step, over all processes
     micro_batch_size: int = 0  # in a forward pass; 0: a process's share
@@ -65,7 +65,7 @@ class Config(Record):
     n_layer: int = 4  # transformer blocks
     n_head: int = 2  # attention heads
     n_embd: int = 128  # width of the residual stream
-    init_from: str = ""  # run whose weights it begins with
+    init_from: str = ""  # run to take the weights from
 
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # of the hidden matrices
@@ -96,7 +96,7 @@ def open_run(defaults):
     caller = sys._getframe(1)
     script = Path(caller.f_code.co_filename)
     cfg, cells = defaults, None
-    # A script's code is of the file that __file__ names, a notebook's cells are not.
+    # A script's code is of its globals' __file__, a notebook's cells are not.
     if script.name != Path(caller.f_globals.get("__file__") or "none").name:
         script = Path("notebook.py")
         cells = caller.f_globals.get("In", [""])
@@ -115,7 +115,7 @@ def open_run(defaults):
     return cfg, Run(cfg, script, cells, opens)
 
 def quiet(function):
-    # Its reader may be gone: that ends no run.
+    # The reader may be gone.
     def tried(*args):
         try:
             return function(*args)
@@ -225,7 +225,7 @@ class Run:
         return self.step
 
     def stopping(self):
-        """Whether a signal came to a process: all save at this step, which ends them."""
+        """Whether a signal came to a process: all save at this step, and end."""
         seen = torch.tensor([self.signal, self.step, -self.step])
         if self.world_size > 1:
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
@@ -278,6 +278,9 @@ class Run:
             self.bar.set_postfix_str(text)
             if self.bar.disable:
                 print(f"step {step}/{self.cfg.steps}, {text}", flush=True)
+        if step == self.cfg.steps:
+            self.bar.close()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if diverged:
             sys.exit(f"error: not finite at step {step}: {text}; try a lower --lr")
 
@@ -324,9 +327,7 @@ class Run:
         result = finite(self.measures) | dict(steps=self.step, train_seconds=self.seconds) | facts
         self._write_code()
         self.write("result.json", result)
-        self.bar.close()
         self._track("finish")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         print("---")
         for name, value in result.items():
             print(f"{name}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")

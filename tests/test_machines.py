@@ -127,7 +127,7 @@ BAD_DATA = [
     ("text.gz", gzip.compress(b"some text" * 1000), "no plain text"),
     ("utf-16.txt", ("some text" * 1000).encode("utf-16"), "no plain text"),
     ("empty.txt", b"", "cannot read empty.txt"),
-    ("short.txt", b"x" * 100, "too few tokens for --seq-len 32"),
+    ("short.txt", b"x" * 100, "of data are too few for --seq-len 32"),
     ("data.txt/none", None, "cannot read data.txt/none"),
     (".", None, "Is a directory"),
 ]
