@@ -26,8 +26,6 @@ class Record:
 
     run_dir: str = ""  # empty: runs/<start time>
     wandb: str = os.environ.get("WANDB_MODE") or "offline"  # or online, disabled
-    wandb_project: str = os.environ.get("WANDB_PROJECT") or Path.cwd().name
-    wandb_group: str = ""  # as a sweep's name
     steps: int = 250  # of the loop
     log_every: int = 10  # steps between rows of metrics.jsonl
     eval_every: int = 50  # steps between evaluations and checkpoints
@@ -63,7 +61,7 @@ class Config(Record):
 
     # model
     n_layer: int = 4  # transformer blocks
-    n_head: int = 2  # attention heads
+    n_head: int = 2
     n_embd: int = 128  # width of the residual stream
     init_from: str = ""  # run to take the weights from
 
@@ -75,14 +73,13 @@ class Config(Record):
     cooldown: float = 0.5  # final fraction of steps: lr falls to 0
 
     # machine
-    seed: int = 1337  # of weights, batches and sample
+    seed: int = 1337
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on CUDA
 
 # Fields that make no other experiment.
-ASIDE = {"run_dir", "wandb", "wandb_project", "wandb_group", "log_every", "eval_every"}
-ASIDE |= {"sample_tokens", "device", "compile"}
+ASIDE = {"run_dir", "wandb", "log_every", "eval_every", "sample_tokens", "device", "compile"}
 
 own_source = Path(__file__).read_bytes()  # as imported
 made_by_cells = {"device", "fingerprint"}  # and what run.resume is handed
@@ -196,11 +193,12 @@ class Run:
                 part.load_state_dict(checkpoint[name])
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.signal = self.stop = 0  # came; agreed on
-        self.measures, self.clock = {}, time.perf_counter()
+        self.measures = {}
+        self.clock = time.perf_counter()
         self.records = self.rank == 0 and not self.result
         self.tracks = self.records and self.cfg.wandb != "disabled"
-        if self.step > 0 and not self.result:
-            print(f"{self.dir} resumes at step {self.step}")
+        if self.step > 0:
+            print(f"{self.dir} resumes at step {self.step} of {self.cfg.steps}")
         bar = self.records and (self.notebook or sys.stderr and sys.stderr.isatty())
         self.bar = tqdm(initial=self.step, total=self.cfg.steps, disable=not bar)
         if self.result:
@@ -208,17 +206,20 @@ class Run:
 
         self.meta |= dict(
             data=data, start=self.step, command=shlex.join(["python", *sys.argv]),
-            commit=commit(), python=sys.version.split()[0], torch=torch.__version__,
+            commit=commit(), python=sys.version, torch=torch.__version__,
         )
         self.write("config.json", asdict(self.cfg))
         self.write("meta.json", self.meta)
         self.write("metrics.jsonl", saved["rows"].encode())
         self._write_code()
         self._track(
-            "init", id=f"{self.meta['began']:.6f}", resume="allow", mode=self.cfg.wandb,
-            project=self.cfg.wandb_project, group=self.cfg.wandb_group,
-            name=self.dir.name, config=asdict(self.cfg), settings=dict(silent=True, console="off"),
+            "init", id=str(self.meta["began"]), resume="allow", mode=self.cfg.wandb,
+            project=os.environ.get("WANDB_PROJECT") or Path.cwd().name, name=self.dir.name,
+            config=asdict(self.cfg), settings=dict(silent=True, console="off"),
         )
+        # Again: wandb may have died with some.
+        for row in map(json.loads, saved["rows"].splitlines()):
+            self._track("log", row, step=row["step"])
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, lambda number, _: setattr(self, "signal", number))
@@ -322,7 +323,7 @@ class Run:
             if not math.isclose(here, there, rel_tol=1e-4):
                 print(f"note: other code, data or device; see {self.dir}/code")
             return
-        if self.step < self.cfg.steps:
+        if self.step < self.cfg.steps or not self.measures:
             sys.exit("error: steps are left: run the loop's cell")
         result = finite(self.measures) | dict(steps=self.step, train_seconds=self.seconds) | facts
         self._write_code()
@@ -332,11 +333,12 @@ class Run:
         for name, value in result.items():
             print(f"{name}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")
         self.result = result
+        self.records = False
 
 def compare(run_dir, there, here):
     here = json.loads(json.dumps(here))  # a tuple as a list
     differ = ""
-    for name in there.keys() - ASIDE:
+    for name in sorted(there.keys() - ASIDE):
         if there[name] != here.get(name):
             differ += f"{name} is {there[name]!r} there, {here.get(name)!r} here; "
     if differ:

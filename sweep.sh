@@ -10,6 +10,7 @@ set -euo pipefail
 
 sweep=muon-or-adamw       # its folder in runs/, and its group in wandb
 command=(python train.py) # or (python mine.py), (uv run python train.py), (env A=1 python train.py)
+export WANDB_RUN_GROUP=$sweep
 best=min                  # which end of the first measure is best: min or max
 common=(--steps 80)       # flags of every run
 common+=(--eval-every 40 --eval-tokens 16384 --sample-tokens 0)
@@ -26,8 +27,7 @@ grid() { # a dimension is a loop, its value in the name, and its flag
 
 run() { # called by the grid, with a run's name and its own flags
   local name=$1 dir=runs/$sweep/$1 flag theirs
-  local line=("${command[@]}" --run-dir "$dir" --wandb-group "$sweep" "${common[@]}")
-  line+=("${@:2}" "${extra[@]}")
+  local line=("${command[@]}" --run-dir "$dir" "${common[@]}" "${@:2}" "${extra[@]}")
   [[ "$name" =~ ^[^-./][^/]*$ ]] || fail "'$name' cannot be the name of a run"
   theirs=" ${extra[*]//_/-} " && theirs=${theirs// --no-/ --}
   for flag in --run-dir "${@:2}"; do # --idea and --no-idea are one flag, as are --a_b and --a-b

@@ -78,6 +78,14 @@ def set_seed(*numbers):
     # Dropout and the like draw the same numbers in a resumed run.
     torch.manual_seed(zlib.crc32(str(numbers).encode()))
 
+class Linear(nn.Linear):
+    # float32 weights for the optimizer, the product in --dtype
+    def forward(self, x):
+        bias = self.bias
+        if bias is not None:
+            bias = bias.to(matmul_dtype)
+        return F.linear(x.to(matmul_dtype), self.weight.to(matmul_dtype), bias)
+
 # %%
 # data: one long row of token ids, memory-mapped
 # The cells below need train_data, val_data, get_batch, train_offsets, val_offsets,
@@ -156,7 +164,6 @@ def get_batch(tokens, offsets):
     ids = tokens[indices]  # (B, T + 1)
     check_ids(ids)
     ids = torch.from_numpy(ids.astype(np.int64))
-    # From pinned memory the copy overlaps with computation.
     if on_cuda:
         ids = ids.pin_memory()
     ids = ids.to(device, non_blocking=on_cuda)
@@ -189,10 +196,6 @@ for tokens in (train_data, val_data):
 
 # %%
 # model
-def norm(x):
-    # LayerNorm without weights: as good as RMSNorm, and one kernel on a CPU
-    return F.layer_norm(x, x.shape[-1:])
-
 def rotary(x, cos, sin):
     # Rotary positions (Su et al., 2021): pairs of channels turn by angles that grow with position.
     a, b = x.chunk(2, dim=-1)  # (B, T, H, D / 2)
@@ -200,13 +203,9 @@ def rotary(x, cos, sin):
     turned_b = b * cos - a * sin
     return torch.cat((turned_a, turned_b), dim=-1)
 
-class Linear(nn.Linear):
-    # float32 weights for the optimizer, the product in --dtype
-    def forward(self, x):
-        bias = self.bias
-        if bias is not None:
-            bias = bias.to(matmul_dtype)
-        return F.linear(x.to(matmul_dtype), self.weight.to(matmul_dtype), bias)
+def norm(x):
+    # LayerNorm without weights: as good as RMSNorm, and one kernel on a CPU
+    return F.layer_norm(x, x.shape[-1:])
 
 def zero(layer):
     nn.init.zeros_(layer.weight)
@@ -385,10 +384,10 @@ def evaluate():
     for offsets in micro_batches(val_offsets):
         batch = get_batch(val_data, offsets)
         total += model(*batch) * len(offsets)
-    model.train()
     return dict(val_loss=all_reduce(total) / len(val_offsets))
 
 # All that is saved, by name. In a notebook this cell may run again.
+cfg = run.cfg  # as it was opened
 begun = run.resume(data=fingerprint, model=model, optimizers=optimizers)
 for step in range(begun, cfg.steps + 1):
     row = dict(step=step, tokens=step * tokens_per_step, lr=lr_at(step))
@@ -404,6 +403,7 @@ for step in range(begun, cfg.steps + 1):
 
     # One step: the loss and its gradient over the micro-batches, then the update.
     set_seed(cfg.seed, step, run.rank)
+    model.train()
     model.zero_grad()
     train_loss = torch.zeros((), device=device)
     pieces = micro_batches(train_offsets(step))
@@ -422,7 +422,6 @@ for step in range(begun, cfg.steps + 1):
         optimizer.step()
     run.log(row, all_reduce(train_loss) / run.world_size)
 
-model.eval()
 if run.world_size > 1:
     dist.barrier()
     dist.destroy_process_group()
@@ -463,5 +462,6 @@ run.finish(
 if run.notebook:
     import pandas as pd
 
-    metrics = pd.read_json(run.dir / "metrics.jsonl", lines=True).interpolate()
+    metrics = pd.read_json(run.dir / "metrics.jsonl", lines=True)
+    metrics = metrics.interpolate(limit_area="inside")
     metrics.plot("step", ["train_loss", *run.measures])

@@ -3,7 +3,7 @@
 # Shapes: B points, C channels, V classes.
 
 # %%
-# config: flags in the script; in the notebook edit the last line, as in Config(lr=3e-3)
+# config: flags in the script; in the notebook edit the last line, as in Config(lr=1e-3)
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,9 +25,8 @@ class Config(Record):
     n_embd: int = 128  # width of the hidden layers
 
     # optimizer
-    optimizer: Literal["muon", "adamw"] = "muon"  # of the hidden matrices
-    lr: float = 1e-2  # peak learning rate
-    weight_decay: float = 0.1  # of the hidden matrices
+    lr: float = 3e-3  # peak learning rate
+    weight_decay: float = 0.01
     warmup: int = 0  # steps until lr's peak
     cooldown: float = 0.5  # final fraction of steps: lr falls to 0
 
@@ -109,6 +108,14 @@ def set_seed(*numbers):
     # Dropout and the like draw the same numbers in a resumed run.
     torch.manual_seed(zlib.crc32(str(numbers).encode()))
 
+class Linear(nn.Linear):
+    # float32 weights for the optimizer, the product in --dtype
+    def forward(self, x):
+        bias = self.bias
+        if bias is not None:
+            bias = bias.to(matmul_dtype)
+        return F.linear(x.to(matmul_dtype), self.weight.to(matmul_dtype), bias)
+
 # %%
 # data: points in the plane, (N, 2), and the arm of the spiral that each belongs to, (N,)
 def make_points(count, seed):
@@ -143,13 +150,8 @@ fingerprint = zlib.crc32(train_data[0].cpu().numpy().tobytes())
 
 # %%
 # model
-class Linear(nn.Linear):
-    # float32 weights for the optimizer, the product in --dtype
-    def forward(self, x):
-        bias = self.bias.to(matmul_dtype)
-        return F.linear(x.to(matmul_dtype), self.weight.to(matmul_dtype), bias)
-
 def norm(x):
+    # LayerNorm without weights: as good as RMSNorm, and one kernel on a CPU
     return F.layer_norm(x, x.shape[-1:])
 
 class Classifier(nn.Module):
@@ -172,70 +174,8 @@ model = Classifier(cfg.n_embd).to(device)
 
 # %%
 # optimizers
-class Muon(torch.optim.Optimizer):
-    # Muon (Jordan et al., 2024): a matrix moves along its momentum, made nearly orthogonal.
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            beta = group["beta"]
-            lr = group["lr"]
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if p not in self.state:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
-                momentum.lerp_(p.grad, 1 - beta)
-            # All matrices of one shape are orthogonalized as one batch.
-            for shape in sorted({p.shape for p in params}):
-                batch = [p for p in params if p.shape == shape]
-                # Nesterov's momentum
-                looks_ahead = [p.grad.lerp(self.state[p]["momentum"], beta) for p in batch]
-                updates = orthogonal(torch.stack(looks_ahead))
-                # An update gets an RMS of 0.2, about that of AdamW's (Liu et al., 2025).
-                size = 0.2 * max(shape) ** 0.5
-                for p, update in zip(batch, updates):
-                    decay = lr * group["weight_decay"]
-                    p.mul_(1 - decay)
-                    p.add_(update, alpha=-lr * size)
-
-def orthogonal(x):
-    # Five steps of Newton-Schulz bring the singular values of each matrix of x, (n, rows,
-    # columns), to about 1. The coefficients are Keller Jordan's.
-    if x.size(1) > x.size(2):
-        return orthogonal(x.mT).mT
-    norms = x.norm(dim=(1, 2), keepdim=True)  # (n, 1, 1)
-    x = (x / (norms + 1e-7)).to(matmul_dtype)
-    for _ in range(5):
-        gram = x @ x.mT  # (n, rows, rows)
-        polynomial = -4.775 * gram + 2.0315 * gram @ gram
-        x = 3.4445 * x + polynomial @ x
-    return x.float()
-
-# Muon takes the hidden matrices: the weights of each nn.Linear in a ModuleList or Sequential.
-stacks = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-layers = [m for stack in stacks for m in stack.modules() if isinstance(m, nn.Linear)]
-hidden = {layer.weight for layer in layers}
-matrices = [p for p in model.parameters() if p in hidden]
-rest = {}  # the others by their lr_scale, which a layer gives to weights of another rate
-for p in model.parameters():
-    if p not in hidden:
-        scale = getattr(p, "lr_scale", 1.0)
-        rest.setdefault(scale, []).append(p)
-
-# Each group learns at its scale times lr_at(step). Scales and betas: the best of a few tried.
-groups = [dict(params=params, scale=scale) for scale, params in rest.items()]
-optimizers = []
-if cfg.optimizer == "muon":
-    print(f"Muon takes {len(matrices)} matrices, AdamW the rest")
-    defaults = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, beta=0.8)
-    if matrices:
-        optimizers.append(Muon(matrices, defaults))
-else:
-    assert cfg.optimizer == "adamw"
-    groups.append(dict(params=matrices, scale=0.2, weight_decay=cfg.weight_decay))
-if groups:
-    adamw = torch.optim.AdamW(groups, cfg.lr, betas=(0.8, 0.95), weight_decay=0.0, fused=True)
-    optimizers.append(adamw)
+adamw = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay)
+optimizers = [adamw]
 
 def lr_at(step):
     # warmup, stable, decay (Hu et al., 2024)
@@ -262,11 +202,11 @@ def evaluate():
         logits = model(points)
         total[0] += (logits.argmax(-1) == arm).sum()
         total[1] += F.cross_entropy(logits, arm, reduction="sum")
-    model.train()
     accuracy, val_loss = all_reduce(total) / len(val_offsets)
     return dict(accuracy=accuracy, val_loss=val_loss)
 
 # All that is saved, by name. In a notebook this cell may run again.
+cfg = run.cfg  # as it was opened
 begun = run.resume(data=fingerprint, model=model, optimizers=optimizers)
 for step in range(begun, cfg.steps + 1):
     row = dict(step=step, points=step * tokens_per_step, lr=lr_at(step))
@@ -282,6 +222,7 @@ for step in range(begun, cfg.steps + 1):
 
     # One step: the loss and its gradient over the micro-batches, then the update.
     set_seed(cfg.seed, step, run.rank)
+    model.train()
     model.zero_grad()
     train_loss = torch.zeros((), device=device)
     pieces = micro_batches(train_offsets(step))
@@ -300,7 +241,6 @@ for step in range(begun, cfg.steps + 1):
         optimizer.step()
     run.log(row, all_reduce(train_loss) / run.world_size)
 
-model.eval()
 if run.world_size > 1:
     dist.barrier()
     dist.destroy_process_group()
@@ -319,5 +259,6 @@ run.finish(
 if run.notebook:
     import pandas as pd
 
-    metrics = pd.read_json(run.dir / "metrics.jsonl", lines=True).interpolate()
+    metrics = pd.read_json(run.dir / "metrics.jsonl", lines=True)
+    metrics = metrics.interpolate(limit_area="inside")
     metrics.plot("step", ["train_loss", *run.measures])

@@ -218,17 +218,24 @@ def test_compile_without_a_compiler(monkeypatch):
 
 # wandb
 
+def children(process):
+    numbers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert numbers
+    return list(map(int, numbers))
+
 def test_wandb_offline_holds_config_and_history(monkeypatch):
     # as a shell may have it
     variables = dict(WANDB_DIR=os.getcwd(), WANDB_MODE="offline", WANDB_PROJECT="theirs")
-    variables |= dict(TQDM_DISABLE="1", CXX="", WORLD_SIZE="1", PYTHONIOENCODING="ascii")
+    variables |= dict(WANDB_RUN_GROUP="a-sweep", PYTHONIOENCODING="ascii")
+    variables |= dict(TQDM_DISABLE="1", CXX="", WORLD_SIZE="1")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     tiny = [flag for flag in TINY if flag not in ("--wandb", "disabled")]
-    flags = ["--run-dir", "run", "--wandb-group", "a-sweep"]
-    command = [sys.executable, ROOT / "train.py", *tiny, *flags]
+    command = [sys.executable, ROOT / "train.py", *tiny, "--run-dir", "run"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     wait_until(process, lambda: has_rows("run", 3))
+    for child in children(process):  # a cluster ends all processes of a job
+        os.kill(child, signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -257,11 +264,10 @@ def test_wandb_never_costs_a_run(monkeypatch):
     # its service dies
     process = start(*offline, "dead", "--steps", 300)
     wait_until(process, lambda: has_rows("dead", 3))
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in children:
-        os.kill(int(child), signal.SIGKILL)
+    for child in children(process):
+        os.kill(child, signal.SIGKILL)
     _, err = process.communicate(timeout=100)
-    assert children and process.returncode == 0, err
+    assert process.returncode == 0, err
     assert read_json("dead/result.json")["steps"] == 300
     # no server
     with monkeypatch.context() as patch:

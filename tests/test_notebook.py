@@ -108,7 +108,9 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
         + scratched
         # interrupt the loop, and run it again
         + two[:loop]
-        + [INTERRUPT, fails(cells[loop])]
+        + [INTERRUPT, fails(cells[loop]), "cfg = None; model.eval()", two[loop]]
+        # and at its end a typo: what is saved has no measures
+        + [fails(cells[loop], "dict(val_loss=", "dict(val_loss=typo * "), fails(cells[result])]
         + two[loop:]
         # interrupted, then all cells again
         + three[:loop]
@@ -143,7 +145,7 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
     assert "error: optimizers is of another model: run its cell again" in printed
     for name in ("model", "device", "fingerprint"):
         assert f"name '{name}' is not defined" in printed
-    assert "error: steps are left: run the loop" in printed
+    assert printed.count("error: steps are left: run the loop") == 4
     assert "write Config(n_layer=3) in the config cell" in printed
     value = metrics("one")[-1]["val_loss"]
     assert f"val_loss: {value:.5g} here, {value:.5g} recorded" in printed
