@@ -26,7 +26,7 @@ class Record:
 
     run_dir: str = ""  # empty: runs/<start time>
     wandb: str = os.environ.get("WANDB_MODE") or "offline"  # or online, disabled
-    steps: int = 250  # of the loop
+    steps: int = 250
     log_every: int = 10  # steps between rows of metrics.jsonl
     eval_every: int = 50  # steps between evaluations and checkpoints
 
@@ -81,7 +81,7 @@ class Config(Record):
 # Fields that make no other experiment.
 ASIDE = {"run_dir", "wandb", "log_every", "eval_every", "sample_tokens", "device", "compile"}
 
-own_source = Path(__file__).read_bytes()  # as imported
+own_source = Path(__file__).read_bytes()
 made_by_cells = {"device", "fingerprint"}  # and what run.resume is handed
 
 def open_run(defaults):
@@ -194,7 +194,6 @@ class Run:
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.signal = self.stop = 0  # came; agreed on
         self.measures = {}
-        self.clock = time.perf_counter()
         self.records = self.rank == 0 and not self.result
         self.tracks = self.records and self.cfg.wandb != "disabled"
         if self.step > 0:
@@ -217,12 +216,13 @@ class Run:
             project=os.environ.get("WANDB_PROJECT") or Path.cwd().name, name=self.dir.name,
             config=asdict(self.cfg), settings=dict(silent=True, console="off"),
         )
-        # Again: wandb may have died with some.
+        # Again: wandb may have died.
         for row in map(json.loads, saved["rows"].splitlines()):
             self._track("log", row, step=row["step"])
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda number, _: setattr(self, "signal", number))
+        self.clock = time.perf_counter()
         return self.step
 
     def stopping(self):
@@ -237,20 +237,20 @@ class Run:
     def save(self, row, measures):
         """Writes the state before the row's step. The measures, numbers, go into the row; if the
         first is not finite, the run ends unsaved."""
-        self.step = row["step"]
         self.measures = {name: float(value) for name, value in measures.items()}
         assert not self.measures.keys() & {*row, "train_loss", "seconds"}
         row |= self.measures
         if not math.isfinite(next(iter(self.measures.values()))):
             self.log(row, math.nan)
-        if self.records:
+        self.step = row["step"]
+        if self.records and self.step > 0:
             checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
             rows = (self.dir / "metrics.jsonl").read_text()
             checkpoint["run"] = dict(step=self.step, seconds=self.seconds, rows=rows)
             buffer = io.BytesIO()
             torch.save(checkpoint, buffer)
             self.write("checkpoint.pt", buffer.getvalue())
-        if self.stop:
+        if self.stop and self.step < self.cfg.steps:
             self.bar.close()
             self._track("finish")
             print(f"saved at step {self.step}; again with --run-dir {self.cfg.run_dir} to go on")

@@ -120,8 +120,8 @@ def check_ids(ids):
             sys.exit(f"error: token id {value} in the data, beyond --vocab-size {cfg.vocab_size}")
 
 def open_bin(path):
-    # llm.c and modded-nanogpt begin with 256 int32: a number for the format, a version, how many
-    # ids. nanoGPT's files are bare uint16.
+    # llm.c's and modded-nanogpt's begin with 256 int32: format, version, how many ids. nanoGPT's
+    # are bare uint16.
     header = np.fromfile(path, np.int32, count=256)
     dtypes = {20240520: np.uint16, 20240801: np.uint32}
     if len(header) == 256 and header[0] in dtypes:
@@ -138,7 +138,7 @@ def stdlib_source():
     leave_out = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
     files = []
     for folder, subfolders, names in os.walk(Path(os.__file__).parent):
-        # Changed in place, since os.walk goes by it.
+        # in place for os.walk
         subfolders[:] = set(subfolders) - leave_out
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     files.sort()
@@ -163,7 +163,8 @@ def get_batch(tokens, offsets):
     indices = offsets[:, None] + window
     ids = tokens[indices]  # (B, T + 1)
     check_ids(ids)
-    ids = torch.from_numpy(ids.astype(np.int64))
+    ids = ids.astype(np.int64)
+    ids = torch.from_numpy(ids)
     if on_cuda:
         ids = ids.pin_memory()
     ids = ids.to(device, non_blocking=on_cuda)
@@ -186,7 +187,7 @@ last_offset = len(val_data) - 1 - cfg.seq_len
 val_offsets = np.linspace(0, last_offset, n_windows, dtype=np.int64)
 tokens_per_step = cfg.batch_size * cfg.seq_len
 
-# A resumed run knows its data by sizes and checksums: of all ids, or of 10,000 of many.
+# A resumed run knows its data by sizes and checksums: of all ids, or of 10,000.
 fingerprint = [len(train_data), len(val_data)]
 for tokens in (train_data, val_data):
     if len(tokens) > 10_000_000:
@@ -204,7 +205,7 @@ def rotary(x, cos, sin):
     return torch.cat((turned_a, turned_b), dim=-1)
 
 def norm(x):
-    # LayerNorm without weights: as good as RMSNorm, and one kernel on a CPU
+    # LayerNorm without weights: on a CPU one kernel, RMSNorm several
     return F.layer_norm(x, x.shape[-1:])
 
 def zero(layer):
@@ -236,7 +237,8 @@ class Block(nn.Module):
         k = k.transpose(1, 2).to(v.dtype)
         v = v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2)
+        y = y.reshape(B, T, C)
         return self.attn_out(y)
 
     def short_conv(self, x):
@@ -286,9 +288,10 @@ class GPT(nn.Module):
         # The mean, nats per token. A term of training alone: under `if self.training`.
         return F.cross_entropy(logits, targets)
 
+torch.manual_seed(cfg.seed)
 model = GPT(cfg).to(device)
 if cfg.init_from and run.new:
-    # Another number of heads would fit the shapes of the weights.
+    # Another number of heads would fit the weights' shapes.
     assert Config.load(cfg.init_from).n_head == cfg.n_head, "--init-from has another --n-head"
     path = Path(cfg.init_from).expanduser() / "checkpoint.pt"
     checkpoint = torch.load(path, "cpu", weights_only=False)
@@ -387,7 +390,7 @@ def evaluate():
     return dict(val_loss=all_reduce(total) / len(val_offsets))
 
 # All that is saved, by name. In a notebook this cell may run again.
-cfg = run.cfg  # as it was opened
+assert cfg is run.cfg, "cfg was replaced: set cfg = run.cfg, rerun the cells since"
 begun = run.resume(data=fingerprint, model=model, optimizers=optimizers)
 for step in range(begun, cfg.steps + 1):
     row = dict(step=step, tokens=step * tokens_per_step, lr=lr_at(step))
@@ -436,7 +439,7 @@ if run.rank == 0 and cfg.sample_tokens > 0:
         with torch.no_grad():
             window = ids[:, -cfg.seq_len :]
             logits = model(window)[0, -1]  # (V,)
-        probabilities = F.softmax(logits / 0.9, dim=-1)  # temperature 0.9
+        probabilities = F.softmax(logits / 0.9, dim=-1)
         next_id = torch.multinomial(probabilities, 1)
         ids = torch.cat((ids, next_id[None]), dim=1)
     sample = ids[0, 1:].tolist()
@@ -451,7 +454,7 @@ if run.rank == 0 and cfg.sample_tokens > 0:
 # %%
 # the result
 run.finish(
-    tokens_per_second=cfg.steps * tokens_per_step / run.seconds,
+    tokens_per_second=row["tokens"] / run.seconds,
     parameters=sum(p.numel() for p in model.parameters()),
     device=device_name,
     dtype=dtype_name,

@@ -151,7 +151,7 @@ fingerprint = zlib.crc32(train_data[0].cpu().numpy().tobytes())
 # %%
 # model
 def norm(x):
-    # LayerNorm without weights: as good as RMSNorm, and one kernel on a CPU
+    # LayerNorm without weights: on a CPU one kernel, RMSNorm several
     return F.layer_norm(x, x.shape[-1:])
 
 class Classifier(nn.Module):
@@ -206,7 +206,7 @@ def evaluate():
     return dict(accuracy=accuracy, val_loss=val_loss)
 
 # All that is saved, by name. In a notebook this cell may run again.
-cfg = run.cfg  # as it was opened
+assert cfg is run.cfg, "cfg was replaced: set cfg = run.cfg, rerun the cells since"
 begun = run.resume(data=fingerprint, model=model, optimizers=optimizers)
 for step in range(begun, cfg.steps + 1):
     row = dict(step=step, points=step * tokens_per_step, lr=lr_at(step))
@@ -248,7 +248,7 @@ if run.world_size > 1:
 # %%
 # the result
 run.finish(
-    points_per_second=cfg.steps * tokens_per_step / run.seconds,
+    points_per_second=row["points"] / run.seconds,
     parameters=sum(p.numel() for p in model.parameters()),
     device=device_name,
     dtype=dtype_name,

@@ -108,7 +108,8 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
         + scratched
         # interrupt the loop, and run it again
         + two[:loop]
-        + [INTERRUPT, fails(cells[loop]), "cfg = None; model.eval()", two[loop]]
+        + [INTERRUPT, fails(cells[loop]), "cfg = None; model.eval()"]
+        + [fails(cells[loop]), "cfg = run.cfg", two[loop]]
         # and at its end a typo: what is saved has no measures
         + [fails(cells[loop], "dict(val_loss=", "dict(val_loss=typo * "), fails(cells[result])]
         + two[loop:]
@@ -147,6 +148,7 @@ def test_runs_interrupts_errors_and_a_finished_run_opened_again():
         assert f"name '{name}' is not defined" in printed
     assert printed.count("error: steps are left: run the loop") == 4
     assert "write Config(n_layer=3) in the config cell" in printed
+    assert "cfg was replaced: set cfg = run.cfg" in printed
     value = metrics("one")[-1]["val_loss"]
     assert f"val_loss: {value:.5g} here, {value:.5g} recorded" in printed
     assert printed.count("note: other code, data or device; see one/code") == 1

@@ -299,8 +299,7 @@ def test_measures_of_any_kind_what_is_not_finite_and_control_characters():
 
     refused(run_here("--run-dir", "high", "--lr", 1e6), "not finite at step", "--lr")
     assert metrics("high")[-1]["train_loss"] is None
-    weights = torch.load("high/checkpoint.pt", weights_only=False)["model"].values()
-    assert all(weight.isfinite().all() for weight in weights)
+    assert not Path("high/checkpoint.pt").exists()
     script = edited((MEASURES, "return dict(val_loss=np.nan, one=1.0)"))
     refused(run_here("--run-dir", "nan", script=script), "not finite at step 0", "val_loss nan")
     assert metrics("nan")[-1]["val_loss"] is None
@@ -370,6 +369,13 @@ def test_flags_that_may_change_between_two_sittings(whole):
     theirs = metrics(whole.run_dir)
     del theirs[10]["val_loss"], theirs[30]["val_loss"]  # every 20 steps
     assert metrics("run") == [*theirs[:10], *theirs[10::10]]
+
+def test_edits_before_the_first_checkpoint_count_and_a_signal_at_the_end_is_none(whole):
+    broken_here(3, "--run-dir", "run", script=edited(("betas=(0.8", "betas=(0.5")))
+    last = ("    run.log(row, all_reduce", "    run.signal = step == 39\n    run.log(row, all_reduce")
+    train_here("--run-dir", "run", script=edited(last))
+    assert metrics("run") == metrics(whole.run_dir)
+    assert read_json("run/result.json")["steps"] == 40
 
 def test_another_experiment_is_refused_and_a_finished_run_stays_as_it_is(whole):
     mine = edited(script="mine.py")
