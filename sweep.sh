@@ -12,8 +12,8 @@ sweep=muon-or-adamw       # its folder in runs/, and its group in wandb
 command=(python train.py) # or (python mine.py), (uv run python train.py), (env A=1 python train.py)
 export WANDB_RUN_GROUP=$sweep
 best=min                  # which end of the first measure is best: min or max
-common=(--steps 80)       # flags of every run
-common+=(--eval-every 40 --eval-tokens 12288 --sample-tokens 0)
+common=(--steps 100)      # flags of every run
+common+=(--eval-every 50 --eval-tokens 16384 --sample-tokens 0)
 
 grid() { # a dimension is a loop, its value in the name, and its flag
   for optimizer in muon adamw; do

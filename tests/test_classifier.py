@@ -89,7 +89,7 @@ def test_its_notebook_form_and_a_sweep_and_its_figure_by_edits_of_first_lines(mi
     for old, new in [
         ("python train.py", "python mine.py"),
         ("best=min", "best=max"),
-        ("(--eval-every 40 --eval-tokens 12288 --sample-tokens 0)", "()"),
+        ("(--eval-every 50 --eval-tokens 16384 --sample-tokens 0)", "()"),
         ("in muon adamw;", "in adamw;"),
         ('--optimizer "$optimizer" ', ""),
         ("in 1e-3 3e-3 1e-2 3e-2 1e-1;", "in 1e-4 1e-2;"),
