@@ -53,6 +53,8 @@ def draw(**first_cell):
     sources[0] += "".join(f"\n{name} = {value!r}" for name, value in first_cell.items())
     with contextlib.redirect_stdout(printed), warnings.catch_warnings():
         warnings.simplefilter("error")
+        # Of libraries among themselves, which no reader sees.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib|pyparsing")
         for source in sources:
             exec(source, names)
     rows = names["table"].round(4).astype(object).values.tolist()
