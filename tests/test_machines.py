@@ -33,7 +33,7 @@ SITTINGS = [
 def test_one_run_through_signals_closed_streams_and_a_closed_terminal(monkeypatch):
     monkeypatch.setenv("TQDM_MININTERVAL", "0")
     copy_code()
-    flags = ["--steps", "150", "--micro-batch-size", "1", "--run-dir"]
+    flags = ["--steps", "600", "--eval-every", "200", "--micro-batch-size", "1", "--run-dir"]
     line = shlex.join([sys.executable, "train.py", *TINY, *flags, "run"])
     rare = f"{line} --eval-every 1000"
     starts = ["0"]
@@ -69,7 +69,7 @@ def test_one_run_through_signals_closed_streams_and_a_closed_terminal(monkeypatc
     starts.append(str(count()))
     bars = shown.decode(errors="replace").replace("\n", "\r").split("\r")
     assert max(len(bar) for bar in bars) <= 80
-    bar = r"/150 \[\d\d:\d\d<\d\d:\d\d,.*train_loss \d\.\d+, val_loss \d\.\d+\]"
+    bar = r"/600 \[\d\d:\d\d<\d\d:\d\d,.*train_loss \d\.\d+, val_loss \d\.\d+\]"
     assert re.search(bar, "\n".join(bars)), bars
 
     train_here(*flags, "whole")
