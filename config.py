@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads spin less
+if "OMP_WAIT_POLICY" not in os.environ:  # threads spin less
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import tyro
@@ -49,30 +49,26 @@ class Record:
 class Config(Record):
     """Train a small GPT. The same line again resumes an unfinished --run-dir."""
 
-    # data
     data: str = "stdlib"  # a text, ids (.npy, .bin), or stdlib: Python's source
     val_data: str = ""  # empty: the last tenth of --data
     eval_tokens: int = 32768  # of the validation data
-    sample_tokens: int = 256  # written at the end
+    sample_tokens: int = 256
     vocab_size: int = 256  # 256: bytes; 50304: GPT-2's tokens
     seq_len: int = 128  # tokens in a training window
     batch_size: int = 32  # sequences in a step, over all processes
     micro_batch_size: int = 0  # in a forward pass; 0: a process's share
 
-    # model
     n_layer: int = 4  # transformer blocks
     n_head: int = 2
     n_embd: int = 128  # width of the residual stream
     init_from: str = ""  # run to take the weights from
 
-    # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # of the hidden matrices
     lr: float = 1.5e-2  # peak learning rate
     weight_decay: float = 0.1  # of the hidden matrices
     warmup: int = 0  # steps until lr's peak
     cooldown: float = 0.5  # final fraction of steps: lr falls to 0
 
-    # machine
     seed: int = 1337
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
@@ -103,7 +99,7 @@ def open_run(defaults):
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.write = quiet(stream.write)
             stream.flush = quiet(stream.flush)
-        gc.disable()  # quick imports and exit
+        gc.disable()  # quick imports
         kind = type(defaults)  # without default= __post_init__ sees the flags
         cfg = tyro.cli(kind) if defaults == kind() else tyro.cli(kind, default=defaults)
     opens = cells is not None or cfg.run_dir == defaults.run_dir != ""
@@ -192,7 +188,7 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
         self.step, self.seconds = saved["step"], saved["seconds"]
-        self.signal = self.stop = 0  # came; agreed on
+        self.signal = self.stop = 0
         self.measures = {}
         self.records = self.rank == 0 and not self.result
         self.tracks = self.records and self.cfg.wandb != "disabled"
@@ -251,6 +247,9 @@ class Run:
             torch.save(checkpoint, buffer)
             self.write("checkpoint.pt", buffer.getvalue())
         if self.stop and self.step < self.cfg.steps:
+            if self.world_size > 1:
+                torch.distributed.barrier()
+                torch.distributed.destroy_process_group()
             self.bar.close()
             self._track("finish")
             print(f"saved at step {self.step}; again with --run-dir {self.cfg.run_dir} to go on")
@@ -336,7 +335,7 @@ class Run:
         self.records = False
 
 def compare(run_dir, there, here):
-    here = json.loads(json.dumps(here))  # a tuple as a list
+    here = json.loads(json.dumps(here))
     differ = ""
     for name in sorted(there.keys() - ASIDE):
         if there[name] != here.get(name):
