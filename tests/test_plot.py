@@ -54,7 +54,8 @@ def draw(**first_cell):
     with contextlib.redirect_stdout(printed), warnings.catch_warnings():
         warnings.simplefilter("error")
         # Of libraries among themselves, which no reader sees.
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib|pyparsing")
+        libraries = "matplotlib|pyparsing"
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=libraries)
         for source in sources:
             exec(source, names)
     rows = names["table"].round(4).astype(object).values.tolist()

@@ -372,8 +372,9 @@ def test_flags_that_may_change_between_two_sittings(whole):
 
 def test_edits_before_the_first_checkpoint_count_and_a_signal_at_the_end_is_none(whole):
     broken_here(3, "--run-dir", "run", script=edited(("betas=(0.8", "betas=(0.5")))
-    last = ("    run.log(row, all_reduce", "    run.signal = step == 39\n    run.log(row, all_reduce")
-    train_here("--run-dir", "run", script=edited(last))
+    log = "    run.log(row, all_reduce"
+    last = edited((log, f"    run.signal = step == 39\n{log}"))
+    train_here("--run-dir", "run", script=last)
     assert metrics("run") == metrics(whole.run_dir)
     assert read_json("run/result.json")["steps"] == 40
 
