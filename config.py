@@ -54,8 +54,8 @@ class Config(Record):
     eval_tokens: int = 32768  # of the validation data
     sample_tokens: int = 256
     vocab_size: int = 256  # 256: bytes; 50304: GPT-2's tokens
-    seq_len: int = 128  # tokens in a training window
-    batch_size: int = 32  # sequences in a step, over all processes
+    seq_len: int = 128  # tokens in a window
+    batch_size: int = 32  # sequences in a step, of all processes
     micro_batch_size: int = 0  # in a forward pass; 0: a process's share
 
     n_layer: int = 4  # transformer blocks
@@ -212,12 +212,12 @@ class Run:
             project=os.environ.get("WANDB_PROJECT") or Path.cwd().name, name=self.dir.name,
             config=asdict(self.cfg), settings=dict(silent=True, console="off"),
         )
-        # Again: wandb may have died.
+        # wandb may have died
         for row in map(json.loads, saved["rows"].splitlines()):
             self._track("log", row, step=row["step"])
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, _: setattr(self, "signal", number))
+                signal.signal(number, lambda n, _: setattr(self, "signal", n))
         self.clock = time.perf_counter()
         return self.step
 
@@ -227,7 +227,7 @@ class Run:
         if self.world_size > 1:
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
         self.stop, most, least = seen.tolist()
-        assert most == -least, "they see other checkpoints: is the disk shared?"
+        assert most == -least, "is the disk shared?"
         return self.stop > 0
 
     def save(self, row, measures):
@@ -247,12 +247,9 @@ class Run:
             torch.save(checkpoint, buffer)
             self.write("checkpoint.pt", buffer.getvalue())
         if self.stop and self.step < self.cfg.steps:
-            if self.world_size > 1:
-                torch.distributed.barrier()
-                torch.distributed.destroy_process_group()
             self.bar.close()
-            self._track("finish")
-            print(f"saved at step {self.step}; again with --run-dir {self.cfg.run_dir} to go on")
+            self._end()
+            print(f"saved at step {self.step}; again with --run-dir {self.dir} to go on")
             sys.exit(128 + self.stop if self.rank == 0 else 0)
         self.clock = time.perf_counter()
 
@@ -283,6 +280,12 @@ class Run:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if diverged:
             sys.exit(f"error: not finite at step {step}: {text}; try a lower --lr")
+
+    def _end(self):
+        if self.world_size > 1:
+            torch.distributed.barrier()  # else the others abort
+            torch.distributed.destroy_process_group()
+        self._track("finish")
 
     def _track(self, function, *args, **options):
         try:
@@ -321,13 +324,14 @@ class Run:
             print(f"{name}: {here:.5g} here, {there:.5g} recorded")
             if not math.isclose(here, there, rel_tol=1e-4):
                 print(f"note: other code, data or device; see {self.dir}/code")
+            self._end()
             return
         if self.step < self.cfg.steps or not self.measures:
             sys.exit("error: steps are left: run the loop's cell")
         result = finite(self.measures) | dict(steps=self.step, train_seconds=self.seconds) | facts
         self._write_code()
         self.write("result.json", result)
-        self._track("finish")
+        self._end()
         print("---")
         for name, value in result.items():
             print(f"{name}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")

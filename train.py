@@ -57,7 +57,6 @@ if cfg.compile == "auto" and on_cuda and cfg.steps * cfg.batch_size > 20_000:
         print(f"note: torch.compile fails, so the run is slower: {error}")
 run.meta |= dict(device=device_name, dtype=dtype_name, compile=compiling)
 
-torch.manual_seed(cfg.seed)
 if run.world_size > 1:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
 assert cfg.batch_size >= run.world_size, "--batch-size is below the number of processes"
@@ -424,10 +423,6 @@ for step in range(begun, cfg.steps + 1):
             group["lr"] = group.get("scale", 1.0) * row["lr"]
         optimizer.step()
     run.log(row, all_reduce(train_loss) / run.world_size)
-
-if run.world_size > 1:
-    dist.barrier()
-    dist.destroy_process_group()
 
 # %%
 # a sample: what the model writes

@@ -17,7 +17,7 @@ class Config(Record):
     classes: int = 5  # arms of the spiral
     noise: float = 0.1  # spread of the points around their arm, in radii of the spiral
     train_points: int = 5000
-    batch_size: int = 64  # points in a step, over all processes
+    batch_size: int = 64  # points in a step, of all processes
     micro_batch_size: int = 0  # in a forward pass; 0: a process's share
 
     # model
@@ -87,7 +87,6 @@ if cfg.compile == "auto" and on_cuda and cfg.steps * cfg.batch_size > 20_000:
         print(f"note: torch.compile fails, so the run is slower: {error}")
 run.meta |= dict(device=device_name, dtype=dtype_name, compile=compiling)
 
-torch.manual_seed(cfg.seed)
 if run.world_size > 1:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
 assert cfg.batch_size >= run.world_size, "--batch-size is below the number of processes"
@@ -118,6 +117,7 @@ class Linear(nn.Linear):
 
 # %%
 # data: points in the plane, (N, 2), and the arm of the spiral that each belongs to, (N,)
+# The cells below need train_data, val_data, get_batch, train_offsets, val_offsets, fingerprint.
 def make_points(count, seed):
     rng = np.random.default_rng(seed)
     arm = rng.integers(cfg.classes, size=count)
@@ -143,7 +143,6 @@ def train_offsets(step):
     return rng.integers(cfg.train_points, size=cfg.batch_size)
 
 val_offsets = np.arange(2000)
-tokens_per_step = cfg.batch_size
 
 # How a resumed run knows its data.
 fingerprint = zlib.crc32(train_data[0].cpu().numpy().tobytes())
@@ -170,6 +169,7 @@ class Classifier(nn.Module):
             return logits
         return F.cross_entropy(logits, targets)
 
+torch.manual_seed(cfg.seed)
 model = Classifier(cfg.n_embd).to(device)
 
 # %%
@@ -209,7 +209,7 @@ def evaluate():
 assert cfg is run.cfg, "cfg was replaced: set cfg = run.cfg, rerun the cells since"
 begun = run.resume(data=fingerprint, model=model, optimizers=optimizers)
 for step in range(begun, cfg.steps + 1):
-    row = dict(step=step, points=step * tokens_per_step, lr=lr_at(step))
+    row = dict(step=step, points=step * cfg.batch_size, lr=lr_at(step))
     last = step == cfg.steps
 
     # The weights after `step` updates: measure and save them. After a signal it ends there.
@@ -240,10 +240,6 @@ for step in range(begun, cfg.steps + 1):
             group["lr"] = group.get("scale", 1.0) * row["lr"]
         optimizer.step()
     run.log(row, all_reduce(train_loss) / run.world_size)
-
-if run.world_size > 1:
-    dist.barrier()
-    dist.destroy_process_group()
 
 # %%
 # the result
