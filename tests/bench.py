@@ -256,8 +256,8 @@ def recipe_loss(bench):
         with torch.no_grad():
             loss = model(windows).item()
         line("nanoGPT's recipe, s", f"{theirs:.1f}", f"2000 steps, validation loss {loss:.4f}")
-    fields = dict(seq_len=64, vocab_size=128, steps=58, device="cpu", wandb="disabled")
-    fields |= dict(eval_every=10, eval_tokens=10**9, sample_tokens=0)
+    fields = dict(seq_len=64, vocab_size=128, steps=50, lr=2.5e-2, cooldown=0.75, device="cpu")
+    fields |= dict(eval_every=10, eval_tokens=10**9, sample_tokens=0, wandb="disabled")
     reached = []
     for seed in (1, 2, 3):
         folder = f"{bench.folder}/{seed}"

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_sweep import TOP, write_sweep
 
 ROOT = Path(__file__).parent.parent
 os.environ["PATH"] += ":/usr/sbin"
@@ -120,7 +121,7 @@ def cluster(tmp_path_factory, monkeypatch, proctrack):
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     monkeypatch.setenv("SBATCH_CPUS_PER_GPU", "1")  # there are but a few
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    for name in ("train.py", "config.py", "sweep.sh", "slurm.sbatch"):
+    for name in ("train.py", "config.py", "slurm.sbatch"):
         shutil.copy(ROOT / name, ".")
     Path("data.txt").write_bytes(Path(os.__file__).with_name("argparse.py").read_bytes())
     Path("stub.py").write_text(STUB)
@@ -282,9 +283,9 @@ def test_a_signal_a_failure_or_scancel_ends_a_job(cluster):
     assert Path(f"runs/gpt-{warned}/saved-1").exists()
 
 def test_a_sweep_is_arrays_and_can_grow_while_they_wait(cluster, monkeypatch):
-    text = Path("sweep.sh").read_text().replace("(python train.py)", "(python stub.py)")
-    text = text.replace("1e-3 3e-3 1e-2 3e-2 1e-1", "1e-3 1e-2").replace("in 1 2", "in 1")
-    Path("sweep.sh").write_text(text)
+    top = TOP.replace("(python train.py)", "(python stub.py)")
+    top = top.replace("1e-3 3e-3 1e-2 3e-2 1e-1", "1e-3 1e-2").replace("in 1 2", "in 1")
+    write_sweep(top)
     sweep = ("bash", "sweep.sh", "slurm", "--partition=grace", "--hold", "--", "--batch-size", 4)
     monkeypatch.setenv("JOBS", "2")
     out = shell(*sweep)
@@ -294,7 +295,7 @@ def test_a_sweep_is_arrays_and_can_grow_while_they_wait(cluster, monkeypatch):
     rows = shell("scontrol", "show", "job", jobs[0])
     assert "ArrayTaskId=1-3%2" in rows and "Partition=grace" in rows
     assert f"Dependency=afterany:{jobs[0]}" in shell("scontrol", "show", "job", jobs[1])
-    Path("sweep.sh").write_text(text.replace("1e-3 1e-2", "1e-3 3e-3 1e-2"))
+    write_sweep(top.replace("1e-3 1e-2", "1e-3 3e-3 1e-2"))
     out = shell(*sweep)
     assert "4 of 6 runs are finished or in the queue" in out
     jobs += re.findall("Submitted batch job (.*)", out)
