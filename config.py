@@ -99,13 +99,20 @@ def open_run(defaults):
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.write = quiet(stream.write)
             stream.flush = quiet(stream.flush)
-        gc.disable()  # quick imports
         kind = type(defaults)  # without default= __post_init__ sees the flags
         cfg = tyro.cli(kind) if defaults == kind() else tyro.cli(kind, default=defaults)
     opens = cells is not None or cfg.run_dir == defaults.run_dir != ""
     cfg.run_dir = cfg.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
     vars(cfg)["opened"] = True
-    return cfg, Run(cfg, script, cells, opens)
+    run = Run(cfg, script, cells, opens)
+    global torch
+    gc.disable()  # quicker: torch brings no garbage
+    import torch
+
+    if cells is None:
+        gc.freeze()
+    gc.enable()
+    return cfg, run
 
 def quiet(function):
     # The reader may be gone.
@@ -161,12 +168,6 @@ class Run:
         data: to know it by. state: all that is saved, models first: what has a state_dict, or a
         list. Refuses other data, and optimizers of other models.
         """
-        global torch
-        import torch
-
-        if not self.notebook:
-            gc.freeze()
-            gc.enable()
         made_by_cells.update(state)
         self.parts, weights = {}, set()
         for name, value in state.items():
