@@ -85,7 +85,8 @@ def run_here(*flags, script=ROOT / "train.py", tiny=TINY):
     done = SimpleNamespace(returncode=0, variables={})
     argv = mock.patch("sys.argv", ["train.py", *tiny, *map(str, flags)])
     handlers = mock.patch("signal.signal")  # would stay
-    with redirect_stdout(out), redirect_stderr(err), argv, handlers:
+    freeze = mock.patch("gc.freeze")  # this process goes on
+    with redirect_stdout(out), redirect_stderr(err), argv, handlers, freeze:
         try:
             done.variables = runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
