@@ -244,7 +244,7 @@ def test_disturbed_runs_end_with_the_numbers_of_a_whole_one(cluster):
     assert log(whole).startswith("python train.py --run-dir runs/a/b\\ c-")
     assert f"\njob {whole}, start 0, on " in log(whole) and "commit" in log(whole)
 
-    assert ended(both) == ended(pair) == ["COMPLETED"], log(both)
+    assert ended(both) == ended(pair) == ["COMPLETED"], log(both) + log(pair)
     assert f"on {HOST},zz" in log(both) and "saved at step" in log(both)
     assert metrics(dirs[both]) == metrics(f"runs/gpt-{pair}")
     for row, other in zip(metrics(dirs[both])[:20], rows):
