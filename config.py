@@ -42,7 +42,7 @@ class Record:
 
     @classmethod
     def load(cls, run_dir):
-        """The config of an earlier run."""
+        """An earlier run's config."""
         return cls(**read_json(run_dir, "config.json") | {"run_dir": str(run_dir)})
 
 @dataclass
@@ -61,7 +61,7 @@ class Config(Record):
     n_layer: int = 4  # transformer blocks
     n_head: int = 2
     n_embd: int = 128  # width of the residual stream
-    init_from: str = ""  # run to take the weights from
+    init_from: str = ""  # run to take weights from
 
     optimizer: Literal["muon", "adamw"] = "muon"  # of the hidden matrices
     lr: float = 1.5e-2  # peak learning rate
@@ -78,7 +78,7 @@ class Config(Record):
 ASIDE = {"run_dir", "wandb", "log_every", "eval_every", "sample_tokens", "device", "compile"}
 
 own_source = Path(__file__).read_bytes()
-made_by_cells = {"device", "fingerprint"}  # and what run.resume is handed
+made_by_cells = {"device", "fingerprint"}  # and resume's state
 
 def open_run(defaults):
     """The flags over `defaults`, and the record of the run that they name: (cfg, run).
@@ -106,11 +106,11 @@ def open_run(defaults):
     vars(cfg)["opened"] = True
     run = Run(cfg, script, cells, opens)
     global torch
-    gc.disable()  # quicker: torch brings no garbage
+    gc.disable()
     import torch
 
     if cells is None:
-        gc.freeze()
+        gc.freeze()  # quicker; later, triton would report leaks
     gc.enable()
     return cfg, run
 
@@ -228,7 +228,7 @@ class Run:
         if self.world_size > 1:
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
         self.stop, most, least = seen.tolist()
-        assert most == -least, "is the disk shared?"
+        assert most == -least, "steps differ: is the disk shared?"
         return self.stop > 0
 
     def save(self, row, measures):

@@ -256,12 +256,12 @@ def recipe_loss(bench):
         with torch.no_grad():
             loss = model(windows).item()
         line("nanoGPT's recipe, s", f"{theirs:.1f}", f"2000 steps, validation loss {loss:.4f}")
-    fields = dict(seq_len=64, batch_size=28, vocab_size=128, steps=54, lr=2.5e-2, cooldown=0.75)
-    fields |= dict(eval_every=10, eval_tokens=10**9, sample_tokens=0, wandb="disabled")
+    fields = dict(batch_size=28, vocab_size=128, steps=54, lr=2.5e-2, cooldown=0.75, device="cpu")
+    fields |= dict(seq_len=64, eval_every=10, eval_tokens=10**9, sample_tokens=0, wandb="disabled")
     reached = []
     for seed in (1, 2, 3):
         folder = f"{bench.folder}/{seed}"
-        fields |= dict(seed=seed, run_dir=folder, device="cpu")
+        fields |= dict(seed=seed, run_dir=folder)
         execute(TRAIN, *as_flags(**fields), *bench.flags)
         rows = read_rows(folder)
         reached.append(rows.seconds[rows.val_loss <= loss].min())

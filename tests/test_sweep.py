@@ -68,7 +68,7 @@ def copy(tmp_path, monkeypatch):
 
 def write_sweep(top=TOP):
     text = (ROOT / "sweep.sh").read_text()
-    head, _, rest = re.split(r"(?ms)(^sweep=.*?^\}$)", text)
+    head, rest = re.split(r"(?ms)^sweep=.*?^\}$", text)
     Path("sweep.sh").write_text(head + top + rest)
 
 def edit(old, new):
@@ -82,9 +82,8 @@ def grid_of_muon(rates):
     edit("in muon adamw", "in muon")
 
 def grid_of_mine(line):
-    text = Path("sweep.sh").read_text().replace("(python train.py)", "(python mine.py)")
-    text = re.sub(r"(?ms)^grid\(\) \{.*?^\}$", "grid() {\n" + line + "\n}", text)
-    Path("sweep.sh").write_text(text)
+    settings, _ = TOP.replace("(python train.py)", "(python mine.py)").split("grid() {")
+    write_sweep(settings + "grid() {\n" + line + "\n}")
 
 def start(*flags, script="sweep.sh", **variables):
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -104,15 +103,16 @@ def metrics():
     return rows
 
 def test_list_prints_the_lines_and_runs_nothing():
-    shutil.copy(ROOT / "sweep.sh", ".")
     Path("exp").symlink_to(".")
     Path("elsewhere/exp").mkdir(parents=True)  # where a CDPATH would lead
     away = dict(script="exp/sweep.sh", CDPATH="elsewhere")
     lines = sweep("list", "--data", "my text.txt", **away).out.splitlines()
-    assert len(lines) == len(set(lines)) > 1
+    assert len(lines) == len(set(lines)) == 20
     for line in lines:
-        assert " --run-dir runs/" in line
+        assert line.startswith(f"python train.py --run-dir {RUNS}/")
         assert line.strip().endswith(r"--data my\ text.txt")
+    shutil.copy(ROOT / "sweep.sh", ".")  # with the top that it has now
+    assert " --run-dir runs/" in sweep("list", **away).out
     assert not Path("runs").exists()
 
 def test_what_cannot_work_is_refused_in_a_line_and_nothing_runs():

@@ -466,6 +466,6 @@ def test_processes_that_see_other_checkpoints():
         launch = dict(WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT="29617")
         processes.append(start("--run-dir", "run", cwd=folder, env=os.environ | launch))
     for process in processes:
-        assert "is the disk shared?" in process.communicate(timeout=100)[1]
+        assert "steps differ: is the disk shared?" in process.communicate(timeout=100)[1]
         assert process.returncode == 1
     assert Path("here/run/checkpoint.pt").read_bytes() == Path("run/checkpoint.pt").read_bytes()
